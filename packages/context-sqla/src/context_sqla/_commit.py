@@ -1,0 +1,225 @@
+"""Commit the sessions of one unit, or roll them back: all errors collected, every session attended to (P8, P9)."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from sqlalchemy import text
+from sqlalchemy.engine import TwoPhaseTransaction
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import _drivers
+from ._settle import logger, settle
+from ._slot import REMEDY, Prepared, Slot
+from .errors import SessionBusyError, _outcome_of
+
+__all__ = ["commit", "end", "explain", "refuse", "roll_back"]
+
+
+async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
+    """Commit every session, or none that was not yet committed (P9).
+
+    Until the first COMMIT is sent a cancellation rolls back; from then on everything runs to its end (P7).
+
+    Args:
+        slots: the sessions of the unit, in the order of their first use.
+        keep: leave the transactions that asked for it open after their flush (P5).
+    """
+    working = [slot for slot in slots if slot.open]
+    if not working:
+        return
+    for slot in slots:
+        slot.seal()
+    try:
+        await _prepare(working)
+        committing = [slot for slot in working if not (keep and slot.kept)]
+        if committing:
+            await settle(lambda: _commit_all(committing))
+    except BaseException as exc:
+        await roll_back(working, exc)
+        raise
+    finally:
+        for slot in slots:
+            slot.unseal()
+
+
+async def roll_back(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
+    """Roll every session back; errors become notes of the cause, or are logged where there is none (P8)."""
+    working = [slot for slot in slots if slot.open or slot.lines or slot.prepared]
+    if working:
+        _report(await settle(lambda: _each(working, _roll_back_one), again=True), cause, "rolling back")
+
+
+async def end(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
+    """Close every session for good; what is still open on it is rolled back (P8, P10)."""
+    refuse(slots)
+    if any(slot.open for slot in slots):
+        _report(await settle(lambda: _each(slots, Slot.end), again=True), cause, "closing")
+        return
+    for slot in slots:
+        await slot.end()
+
+
+def refuse(slots: Sequence[Slot]) -> None:
+    """Let these sessions take nothing any more: their unit has ended (P10)."""
+    for slot in slots:
+        if slot.ended is None:
+            slot.refuse(f"{slot.connect!r}: this session's unit of work has ended; {REMEDY}")
+
+
+async def _prepare(slots: Sequence[Slot]) -> None:
+    """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
+    for slot in slots:
+        if not await slot.idle(slot.connect.cleanup_timeout):
+            await settle(lambda slot=slot: slot.abandon("a statement was still running at its commit"))  # type: ignore[misc]
+            raise SessionBusyError(
+                f"{slot.connect!r}: a statement was still running {slot.connect.cleanup_timeout:g} s after its unit wanted to "
+                "commit; await every task that uses the session, or give it 'async with db_context():' or run_in_new_ctx()"
+            )
+    for slot in slots:
+        await slot.flush()
+    for slot in slots:
+        if not slot.hooked:
+            await slot.ask_hooks()
+            await slot.flush()
+    for slot in slots:
+        await slot.check()
+
+
+async def _commit_all(slots: Sequence[Slot]) -> None:
+    two_phase = [slot for slot in slots if slot.sync.twophase]
+    for slot in slots:
+        slot.seal()
+        slot.deferring = True
+    done: list[Slot] = []
+    try:
+        for slot in two_phase:
+            await _prepare_two_phase(slot)
+        for slot in (slot for slot in slots if slot not in two_phase):
+            await slot.commit()
+            done.append(slot)
+        await _commit_prepared(two_phase, done)
+    except BaseException as exc:
+        _tell(exc, slots, done)
+        raise
+    finally:
+        for slot in slots:
+            slot.deferring = False
+        for slot in done:
+            await slot.run_due()
+
+
+def _tell(exc: BaseException, slots: Sequence[Slot], done: Sequence[Slot]) -> None:
+    """Say on an error which connects had committed (P9)."""
+    if len(slots) > 1:
+        names = [slot.connect.name for slot in done]
+        rest = [slot.connect.name for slot in slots if slot not in done]
+        exc.add_note(f"already committed: {', '.join(names) or 'nothing'}; not committed: {', '.join(rest)} (P9)")
+        _outcome_of(exc).committed.extend(names)
+
+
+async def _roll_back_one(slot: Slot) -> None:
+    prepared = slot.prepared
+    slot.prepared = []
+    try:
+        await slot.rollback()
+    finally:
+        # P9: a prepared transaction outlives its connection, and SQLAlchemy passes over one that is dead.
+        if any(_drivers.is_closed(line.driver) for _, _, line in prepared):
+            await finish_prepared(slot, prepared, "ROLLBACK")
+
+
+async def _each(slots: Sequence[Slot], step: Any) -> list[tuple[Slot, Exception]]:
+    errors = []
+    for slot in slots:
+        try:
+            await step(slot)
+        except Exception as exc:
+            errors.append((slot, exc))
+    return errors
+
+
+def _report(errors: Sequence[tuple[Slot, Exception]], cause: BaseException | None, doing: str) -> None:
+    for slot, error in errors:
+        if cause is not None:
+            cause.add_note(f"{slot.connect!r}: {doing} failed as well: {type(error).__name__}: {error}")
+        logger.error("%r: %s failed", slot.connect, doing, exc_info=error)
+
+
+# Two phases: prepare all, commit the one-phase sessions, then COMMIT PREPARED, repeated until the database has it (P9).
+
+
+async def _prepare_two_phase(slot: Slot) -> None:
+    for connection, line in slot.lines:
+        transaction = connection.get_transaction()
+        if isinstance(transaction, TwoPhaseTransaction):
+            slot.prepared.append((AsyncEngine(connection.engine), str(transaction.xid), line))
+    slot.arm(slot.connect.commit_timeout)
+    try:
+        await slot.session.run_sync(lambda session: session.prepare())
+    finally:
+        slot.disarm()
+
+
+async def _commit_prepared(slots: Sequence[Slot], done: list[Slot]) -> None:
+    """Carry the decision out everywhere, whatever one database does; the first error is raised at the end."""
+    errors: list[Exception] = []
+    for slot in slots:
+        prepared, slot.prepared = slot.prepared, []
+        try:
+            await slot.commit()
+        except Exception as exc:
+            waiting = slot.take_callbacks()
+            await slot.abandon("its COMMIT PREPARED failed")  # a rollback would undo what is decided
+            if not await finish_prepared(slot, prepared, "COMMIT"):
+                gids = ", ".join(repr(gid) for _, gid, _ in prepared)
+                exc.add_note(f"{slot.connect!r}: left behind as prepared transaction {gids}; decision: COMMIT (P9)")
+                errors.append(exc)
+                continue
+            logger.warning("%r: COMMIT PREPARED was repeated on a fresh connection: %s", slot.connect, type(exc).__name__)
+            slot.after(waiting)
+        done.append(slot)
+    if errors:
+        raise errors[0]
+
+
+async def finish_prepared(slot: Slot, prepared: Prepared, decision: Literal["COMMIT", "ROLLBACK"]) -> bool:
+    """Finish prepared transactions on fresh connections within `commit_timeout`, and return whether all were."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + slot.connect.commit_timeout
+    finished = True
+    for engine, gid, _ in prepared:
+        pause = 0.05
+        while not await _finish_once(engine, gid, decision, deadline - loop.time()):
+            if loop.time() + pause >= deadline:
+                logger.error("%r: prepared transaction %r is left behind; decision: %s", slot.connect, gid, decision)
+                finished = False
+                break
+            await asyncio.sleep(pause)
+            pause = min(1.0, pause * 2)
+    return finished
+
+
+async def _finish_once(engine: AsyncEngine, gid: str, decision: str, timeout: float) -> bool:
+    try:
+        async with asyncio.timeout(max(0.1, timeout)), engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(text(f"{decision} PREPARED '{gid}'"))
+    except DBAPIError as exc:
+        # 42704: no such prepared transaction. An earlier attempt was carried out and only its answer was lost.
+        return getattr(exc.orig, "sqlstate", None) == "42704"
+    except (OSError, TimeoutError, SQLAlchemyError):
+        return False
+    return True
+
+
+def explain(exc: BaseException) -> None:
+    """Add the remedy to SQLAlchemy's and asyncpg's complaints about two statements at once on one session (P2)."""
+    text = str(exc)
+    shared = isinstance(exc, InvalidRequestError) and (exc.code == "isce" or "concurrent operations" in text)
+    if shared or "another operation is in progress" in text:
+        exc.add_note(
+            "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after "
+            "the other, or give each its own with 'await run_in_new_ctx(fn, ...)'"
+        )

@@ -1,0 +1,412 @@
+"""DBConnect: one database and role, its engines (one per host and event loop) and its session makers."""
+
+import asyncio
+import inspect
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast, overload
+
+from sqlalchemy import make_url, select
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from . import _context, _drivers
+from ._loops import Loops, LoopState, Member
+from ._settle import hold, logger
+from .errors import ContextSqlaError, ForeignLoopError, UnavailableError
+
+__all__ = ["DBConnect", "PoolStatus"]
+
+S = TypeVar("S", bound=AsyncSession)
+_HOSTLESS = "local"
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """The pool of a connect's current host, in the running event loop.
+
+    Args:
+        host: the host; None before the first one is known.
+        size: connections that the pool keeps, 0 where it keeps none.
+        checked_out: connections in use.
+        overflow: connections open beyond `size`.
+        waiting: tasks that wait for a connection, None where the pool does not tell.
+    """
+
+    host: str | None
+    size: int
+    checked_out: int
+    overflow: int
+    waiting: int | None
+
+
+class DBConnect(Generic[S]):
+    """One database in one role: makes its engines lazily, keeps them per host and event loop, makes its sessions.
+
+    Args:
+        engine_creator: takes a host, returns an `AsyncEngine`; called lazily.
+        session_maker_creator: takes that engine, returns an `async_sessionmaker`.
+        host: the host of new sessions until `change_host`.
+        before_create_session_handler: `async (connect) -> host | None`, awaited before every session. The host that it returns
+            serves that one session; None means `host`, which it may have changed (P13).
+        name: what errors and log lines call this connect; never a URL (P20).
+        check_failed_transaction: look, before a commit, whether a statement whose error was swallowed has aborted the
+            transaction (P4a).
+        cleanup_timeout: seconds for a rollback or close, and for statements that are still running when their unit ends.
+        commit_timeout: seconds for a COMMIT that was sent; then its connection is cut and the outcome is in doubt (P7).
+        drain_timeout: seconds that `close()` waits for units that are still running.
+        idle_host_grace: seconds after its last use for which the engine of a host that is not current is kept.
+        handler_timeout: seconds for the handler, then `UnavailableError`.
+        warn_held_after: seconds after which a transaction that is still open is logged with its request (P16).
+    """
+
+    def __init__(
+        self,
+        engine_creator: Callable[[str], AsyncEngine],
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[S]],
+        host: str | None = None,
+        before_create_session_handler: Callable[["DBConnect[S]"], Awaitable[str | None]] | None = None,
+        *,
+        name: str | None = None,
+        check_failed_transaction: bool = True,
+        cleanup_timeout: float = 5,
+        commit_timeout: float = 30,
+        drain_timeout: float = 30,
+        idle_host_grace: float = 1,
+        handler_timeout: float | None = None,
+        warn_held_after: float | None = None,
+    ) -> None:
+        if host is not None:
+            _check_host(host)
+        self.host = host
+        number = next(_numbers)
+        self.context_key = f"context_sqla:{number}"
+        self.name = name or f"db{number}"
+        self.before_create_session_handler = before_create_session_handler
+        self.check_failed_transaction = check_failed_transaction
+        self.cleanup_timeout = cleanup_timeout
+        self.commit_timeout = commit_timeout
+        self.drain_timeout = drain_timeout
+        self.idle_host_grace = idle_host_grace
+        self.handler_timeout = handler_timeout
+        self.warn_held_after = warn_held_after
+        self.engine_created: list[Callable[[AsyncEngine, str], None]] = []
+        self.before_commit: list[Callable[[S], Awaitable[Any]]] = []
+        self.committed: list[Callable[[S, str], Awaitable[Any]]] = []
+        self._engine_creator = engine_creator
+        self._session_maker_creator = session_maker_creator
+        self._adopted: async_sessionmaker[S] | None = None
+        self._loops = Loops()
+
+    def __repr__(self) -> str:
+        return f"<DBConnect {self.name!r} host={self.host!r}>"
+
+    @overload
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        host: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        before_create_session_handler: "Callable[[DBConnect[AsyncSession]], Awaitable[str | None]] | None" = None,
+        **options: Any,
+    ) -> "DBConnect[AsyncSession]": ...
+
+    @overload
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        session_class: type[S],
+        host: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        before_create_session_handler: "Callable[[DBConnect[S]], Awaitable[str | None]] | None" = None,
+        **options: Any,
+    ) -> "DBConnect[S]": ...
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        session_class: type[Any] = AsyncSession,
+        host: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        before_create_session_handler: Any = None,
+        **options: Any,
+    ) -> "DBConnect[Any]":
+        """Make a connect from a database URL, with `expire_on_commit=False` unless told otherwise.
+
+        Args:
+            url: for example `postgresql+asyncpg://user:password@db1/app` or `sqlite+aiosqlite:///app.db`.
+            session_class: the user's own subclass of `AsyncSession`.
+            host: "name" or "name:port"; replaces that of the URL.
+            engine_options: for `create_async_engine`.
+            session_options: for `async_sessionmaker`.
+            before_create_session_handler: see `DBConnect`.
+            options: the keyword options of `DBConnect`.
+
+        Raises:
+            DriverError: the driver is unknown, not asynchronous or not installed.
+            ValueError: the host is empty.
+        """
+        parsed = make_url(url)
+        _drivers.load(parsed)
+        own = _host_of(parsed)
+        settings = dict(session_options or {})
+        settings.setdefault("expire_on_commit", False)
+        settings.setdefault("class_", session_class)
+
+        def create_engine(wanted: str) -> AsyncEngine:
+            target = parsed if wanted == own else _with_host(parsed, wanted)
+            return create_async_engine(target, **dict(engine_options or {}))
+
+        def create_maker(engine: AsyncEngine) -> async_sessionmaker[Any]:
+            return async_sessionmaker(engine, **settings)
+
+        options.setdefault("name", parsed.database or None)
+        return cls(create_engine, create_maker, own if host is None else host, before_create_session_handler, **options)
+
+    @classmethod
+    def from_sessionmaker(cls, maker: async_sessionmaker[S], **options: Any) -> "DBConnect[S]":
+        """Make a connect over an engine that the application already has; `close()` leaves that engine open.
+
+        Args:
+            maker: its session maker, bound to an `AsyncEngine`.
+            options: the keyword options of `DBConnect`.
+
+        Raises:
+            ValueError: the session maker is not bound to an `AsyncEngine`.
+        """
+        engine = maker.kw.get("bind")
+        if not isinstance(engine, AsyncEngine):
+            raise ValueError("from_sessionmaker needs an async_sessionmaker that is bound to an AsyncEngine")
+        options.setdefault("name", engine.url.database or None)
+        connect = cls(lambda _: engine, lambda _: maker, _host_of(engine.url), **options)
+        connect._adopted = maker
+        return connect
+
+    async def connect(self, host: str) -> None:
+        """Point to a host with a new engine and session maker; what is in flight finishes on the old ones (P13).
+
+        Raises:
+            ValueError: the host is empty.
+        """
+        _check_host(host)
+        here = self._here()
+        fresh = self._make(host)
+        if (old := here.members.get(host)) is not None:
+            here.retire(old, self.cleanup_timeout)
+        self._point(here, fresh)
+
+    async def change_host(self, host: str) -> None:
+        """Let new sessions go to another host; those in flight finish where they are (P13).
+
+        A host that was in use within `idle_host_grace` keeps its engine and its connections. An engine that cannot be made
+        leaves the old host in place.
+
+        Raises:
+            ValueError: the host is empty.
+        """
+        _check_host(host)
+        here = self._here()
+        if host == self.host and host in here.members:
+            return
+        self._point(here, here.members.get(host) or self._make(host))
+
+    async def session_maker(self) -> async_sessionmaker[S]:
+        """Return the session maker of the current host, made at the first call.
+
+        Raises:
+            ValueError: there is no host.
+        """
+        return cast("async_sessionmaker[S]", self.member().maker)
+
+    async def create_session(self) -> S:
+        """Ask the handler for a host and return a new session, which belongs to the caller.
+
+        Raises:
+            ValueError: there is no host.
+            UnavailableError: the handler took longer than `handler_timeout`.
+        """
+        host = await self.choose_host() if self.before_create_session_handler is not None else None
+        session: S = self.member(host).maker()
+        return session
+
+    async def close(self) -> None:
+        """Wait for the units that are still running, then close every connection; the connect can be used again (P15).
+
+        Units have `drain_timeout` to end. Connections that are out after that, or that a test holds, are closed when they
+        come back.
+
+        Raises:
+            ContextSqlaError: called inside a unit that has a session of this connect.
+        """
+        unit = _context.current.get()
+        if unit is not None and not unit.joinable and unit.holds(self.context_key):
+            raise ContextSqlaError(f"{self!r}: close() inside a unit that uses it would wait for itself; call it at shutdown")
+        here = self._loops.find()
+        if here is None:
+            return
+        if not await here.drained(self.drain_timeout):
+            logger.warning("%r: closed while %d units were still running", self, len(here.active))
+        await here.shut(self.cleanup_timeout, keep_adopted=True)
+
+    async def ping(self, timeout: float = 1.0) -> None:
+        """Ask the database for an answer, for a readiness probe (P16).
+
+        Args:
+            timeout: seconds for connecting and answering.
+
+        Raises:
+            UnavailableError: no answer in time, or an error, which is the cause.
+        """
+        host = await self.choose_host() if self.before_create_session_handler is not None else None
+        member = self.member(host)
+        reached: list[Any] = []
+
+        async def probe() -> None:
+            async with member.engine.connect() as connection:
+                reached.append((await connection.get_raw_connection()).driver_connection)
+                await connection.execute(select(1))
+
+        task = hold(_quietly(probe()))
+        done, _ = await asyncio.wait((task,), timeout=timeout)
+        if not done:
+            for driver in reached:
+                _drivers.cut(driver)
+            task.cancel()
+            raise UnavailableError(f"{self!r}: no answer within {timeout:g} s", retry_after=1)
+        if (error := task.result()) is not None:
+            raise UnavailableError(f"{self!r}: {type(error).__name__}", retry_after=1) from error
+
+    def pool_status(self) -> PoolStatus:
+        """Return the state of the current host's pool (P16); nothing is opened for it."""
+        here = self._loops.find()
+        member = here.members.get(self.host) if here is not None and self.host is not None else None
+        if member is None:
+            return PoolStatus(self.host, 0, 0, 0, None)
+        pool: Any = member.engine.sync_engine.pool
+        size = pool.size() if hasattr(pool, "size") else 0
+        overflow = max(0, pool.overflow()) if hasattr(pool, "overflow") else 0
+        queue = getattr(getattr(pool, "_pool", None), "_queue", None)
+        getters = getattr(queue, "_getters", None)
+        waiting = None if getters is None else sum(not getter.done() for getter in getters)
+        return PoolStatus(self.host, size, len(member.watch.out), overflow, waiting)
+
+    def abort_host(self, host: str) -> int:
+        """Cut every connection to a host that is dead or hung, and return how many there were (P13).
+
+        What runs on them fails at once instead of waiting for an answer that will not come.
+        """
+        _check_host(host)
+        return self._loops.abort(host)
+
+    # Below: for the rest of the core.
+
+    async def choose_host(self) -> str | None:
+        """Ask the handler which host the next session shall have."""
+        handler = self.before_create_session_handler
+        if handler is None:
+            return None
+        limit = asyncio.timeout(self.handler_timeout)
+        try:
+            async with limit:
+                host = await handler(self)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise UnavailableError(f"{self!r}: its handler took longer than {self.handler_timeout:g} s", retry_after=1) from exc
+        if host is not None:
+            _check_host(host)
+        return host
+
+    def member(self, host: str | None = None) -> Member:
+        """Return the engine of a host, by default the current one, in the running loop; never awaits (P13)."""
+        here = self._here()
+        host = host or self.host
+        if host is None:
+            raise ValueError(f"{self!r} has no host: pass host= or call 'await connect.change_host(host)'")
+        member = here.members.get(host)
+        if member is None:
+            member = self._make(host)
+            here.add(member)
+        member.chosen = here.loop.time()
+        if len(here.members) > 1:
+            here.sweep_later(self)
+        return member
+
+    def entered(self, slot: object) -> None:
+        """Let `close()` wait for this session's unit."""
+        self._here().active.add(slot)
+
+    def left(self, slot: object) -> None:
+        """Let `close()` wait for it no longer."""
+        if (here := self._loops.find()) is not None:
+            here.leave(slot)
+
+    def _here(self) -> LoopState:
+        return self._loops.here(self.cleanup_timeout)
+
+    def _make(self, host: str) -> Member:
+        """Make engine and maker of a host; nothing is registered yet, so an error leaves everything as it was."""
+        if self._adopted is not None and self._loops.elsewhere():
+            raise ForeignLoopError(
+                f"{self!r}: its engine was adopted and is in use in another event loop; make the connect with from_url() or "
+                "with two factories, which make an engine per loop"
+            )
+        engine = self._engine_creator(host)
+        member = Member(host, engine, self._session_maker_creator(engine), adopted=self._adopted is not None)
+        for hook in tuple(self.engine_created):
+            hook(engine, host)
+        return member
+
+    def _point(self, here: LoopState, member: Member) -> None:
+        here.add(member)
+        member.chosen = here.loop.time()
+        if (old := here.members.get(self.host or "")) is not None:
+            old.chosen = here.loop.time()
+        self.host = member.host
+        here.sweep_later(self)
+
+
+async def _quietly(probe: Any) -> Exception | None:
+    try:
+        await probe
+    except Exception as exc:
+        return exc
+    return None
+
+
+def _check_host(host: object) -> None:
+    if not isinstance(host, str):
+        if inspect.isawaitable(host):
+            raise TypeError("a host is a string, not an awaitable: is an 'await' missing?")
+        raise TypeError(f"a host is a string, not {type(host).__name__}")
+    if not host.strip():
+        raise ValueError("a host must not be empty")
+
+
+def _host_of(url: URL) -> str:
+    if not url.host:
+        return _HOSTLESS
+    return f"{url.host}:{url.port}" if url.port else url.host
+
+
+def _with_host(url: URL, host: str) -> URL:
+    """Replace the host of a URL by "name", "name:port", "[v6]" or "[v6]:port"."""
+    if url.get_backend_name() == "sqlite":
+        raise ValueError(f"an SQLite database has no host, so {host!r} cannot replace it")
+    name, separator, port = host.rpartition(":")
+    if not separator or host.endswith("]") or (":" in name and not name.startswith("[")):
+        return url.set(host=host.strip("[]"))
+    if not port.isdigit():
+        raise ValueError(f"{host!r} is not 'name' or 'name:port'")
+    return url.set(host=name.strip("[]"), port=int(port))

@@ -1,0 +1,222 @@
+"""The sessions of one unit of work: found, opened once however many ask at once, or borrowed from a test (P2, P12)."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from . import _events  # noqa: F401  # from here on sessions are listened to
+from ._connect import DBConnect
+from ._options import check_options
+from ._policy import Policy
+from ._slot import Callback, Slot
+from .errors import ContextClosedError, ContextSqlaError, UnsupportedOptionError
+
+__all__ = ["Container", "Phase"]
+
+S = TypeVar("S", bound=AsyncSession)
+
+
+class Phase(StrEnum):
+    """Where a unit of work is in its life."""
+
+    HANDLER = "handler"
+    STREAM = "stream"
+    BACKGROUND = "background"
+    CLOSED = "closed"
+
+
+class Container:
+    """The sessions of one unit, and what they need to know of it.
+
+    Args:
+        policy: when to commit.
+        label: returns what log lines call the unit.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_opening",
+        "_waiting",
+        "borrowed",
+        "committed",
+        "joinable",
+        "joined",
+        "label",
+        "loop",
+        "options",
+        "parent",
+        "phase",
+        "policy",
+        "runs_ahead",
+        "slots",
+        "turns",
+    )
+
+    def __init__(self, policy: Policy, label: Callable[[], str] | None) -> None:
+        self.policy = policy
+        self.label = label
+        self.phase = Phase.HANDLER
+        self.slots: dict[str, Slot] = {}
+        self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
+        self.options: Mapping[str, Any] | None = None  # of every transaction of this unit
+        self.committed = False  # something of this unit can no longer be rolled back
+        self._ahead: dict[str, Slot] | None = None
+        self._opening: dict[str, asyncio.Task[Slot]] | None = None
+        self._waiting: dict[str, list[Callback]] | None = None
+        # In tests (P12)
+        self.joinable = False  # opened by a test, for others to join
+        self.joined = False
+        self.parent: Container | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # that of the test
+        self.turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
+        self.borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
+
+    def holds(self, context_key: str) -> bool:
+        """Return whether a session of this connect is open in the unit."""
+        return context_key in self.slots
+
+    async def session(self, connect: DBConnect[S]) -> S:
+        """Return the unit's session of a connect, made at the first call (P2).
+
+        Raises:
+            ContextClosedError: the unit has ended.
+        """
+        slot = await self.slot(connect)
+        session: S = slot.session  # type: ignore[assignment]
+        return session
+
+    async def slot(self, connect: DBConnect[Any]) -> Slot:
+        """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
+        key = connect.context_key
+        if self.phase is Phase.CLOSED:
+            raise ContextClosedError(
+                f"{connect!r}: this task outlived its unit of work; wrap what it does in 'async with db_context():', or start it "
+                "with run_in_new_ctx()"
+            )
+        slots = self.slots
+        if self.phase is Phase.HANDLER and self.runs_ahead is not None and self.runs_ahead():
+            if self._ahead is None:
+                self._ahead = {}
+            slots = self._ahead
+        slot = slots.get(key) or (self.borrowed or {}).get(key)
+        if slot is None:
+            if connect.before_create_session_handler is None and not self.joined:
+                slot = slots[key] = self._new_slot(connect, None)
+            else:
+                slot = await self._open_once(connect, slots)
+        return slot
+
+    def put(self, connect: DBConnect[Any], session: AsyncSession, *, shared: bool = False, host: str | None = None) -> Slot:
+        """Make a session that exists the unit's own."""
+        slot = self._slot_for(connect, session, host or connect.host or "", shared=shared)
+        self.slots[connect.context_key] = slot
+        return slot
+
+    def on_first_commit(self, connect: DBConnect[Any], callback: Callback) -> None:
+        """Run this after the first commit of a session that is not open yet."""
+        if self._waiting is None:
+            self._waiting = {}
+        self._waiting.setdefault(connect.context_key, []).append(callback)
+
+    async def run_callback(self, callback: Callback) -> None:
+        """Run one on-commit callback; the unit says how."""
+        raise NotImplementedError
+
+    def _own(self) -> list[Slot]:
+        return list(self.slots.values())
+
+    async def _open_once(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
+        """Open a session in a task that all askers share: the first may be cancelled, the others still get it."""
+        opening = self._opening
+        if opening is None:
+            opening = self._opening = {}
+        key = connect.context_key
+        task = opening.get(key)
+        if task is None:
+            task = opening[key] = hold_quietly(self._open(connect, slots))
+        elif task is asyncio.current_task():
+            raise ContextSqlaError(f"{connect!r}: its before_create_session_handler asked for a session of the connect itself")
+        await asyncio.wait((task,))
+        return task.result()
+
+    async def _open(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
+        key = connect.context_key
+        try:
+            if self.joined:
+                slot = await self._open_joined(connect)
+                if slot is not None:
+                    return slot
+            host = await connect.choose_host()
+            if self.phase is Phase.CLOSED:
+                raise ContextClosedError(f"{connect!r}: the unit of work ended while its session was being opened")
+            slot = slots[key] = self._new_slot(connect, host)
+            return slot
+        finally:
+            if self._opening is not None:
+                self._opening.pop(key, None)
+
+    async def _open_joined(self, connect: DBConnect[Any]) -> Slot | None:
+        """Open a savepoint session in the test's transaction, or borrow the session that the test's unit has."""
+        test = self._test()
+        turn = (test.turns or {}).get(connect.context_key)
+        if turn is None:
+            slot = await test.slot(connect)
+            if self.borrowed is None:
+                self.borrowed = {}
+            self.borrowed[connect.context_key] = slot
+            await slot.flush()
+            return slot
+        if self.options:
+            raise UnsupportedOptionError(f"{connect!r}: {', '.join(self.options)} cannot be set inside the transaction of a test")
+        await turn.take(self)
+        slot = self.put(connect, turn.new_session(), shared=True, host=turn.host)
+        slot.take_turns(lambda: turn.check(self))
+        slot.on_end = lambda: turn.give_back(self)
+        return slot
+
+    def _test(self) -> "Container":
+        unit = self
+        while not unit.joinable and unit.parent is not None:
+            unit = unit.parent
+        return unit
+
+    def _new_slot(self, connect: DBConnect[Any], host: str | None) -> Slot:
+        member = connect.member(host)
+        if self.options and not self.joinable:
+            session = member.maker(bind=member.engine.execution_options(**self.options))
+            check_options(connect, session, self.options)
+        else:
+            session = member.maker()
+        slot = self._slot_for(connect, session, member.host, shared=False)
+        if not self.joinable:
+            connect.entered(slot)
+        return slot
+
+    def _slot_for(self, connect: DBConnect[Any], session: AsyncSession, host: str, *, shared: bool) -> Slot:
+        slot = Slot(connect, session, host, self, shared=shared)
+        if self._waiting is not None:
+            for callback in self._waiting.pop(connect.context_key, ()):
+                slot.on_commit(callback)
+        return slot
+
+    async def _opened(self) -> None:
+        while self._opening:
+            await asyncio.wait(tuple(self._opening.values()))
+
+    def _merge_ahead(self) -> None:
+        """Let the body go on with the sessions that it opened before the head; the handler's are done."""
+        for key, slot in (self._ahead or {}).items():
+            if (mine := self.slots.get(key)) is not None:
+                self.slots[f"{key} handler"] = mine
+            self.slots[key] = slot
+        self._ahead = None
+
+
+def hold_quietly(coroutine: Any) -> "asyncio.Task[Slot]":
+    """Run a coroutine in a task whose error is the affair of those who wait for it."""
+    task: asyncio.Task[Slot] = asyncio.get_running_loop().create_task(coroutine)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task

@@ -1,0 +1,130 @@
+"""What SQLAlchemy leaves to the driver: cut a connection, ask for its state, name the package to install.
+
+Everything takes the driver's own connection object and asks it only for what it has: an unknown driver loses a refinement, never
+correctness.
+"""
+
+import contextlib
+import os
+import socket
+from typing import Any
+
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from .errors import DriverError
+
+__all__ = ["cut", "drop", "in_transaction", "is_closed", "load", "survives_cancellation"]
+
+_PACKAGES = {
+    "aiomysql": "aiomysql",
+    "aioodbc": "aioodbc",
+    "aiosqlite": "aiosqlite",
+    "asyncmy": "asyncmy",
+    "asyncpg": "asyncpg",
+    "oracledb": "oracledb",
+    "psycopg": "psycopg[binary]",
+}
+_ASYNC_DRIVERS = {
+    "mariadb": "mariadb+asyncmy",
+    "mssql": "mssql+aioodbc",
+    "mysql": "mysql+asyncmy",
+    "oracle": "oracle+oracledb_async",
+    "postgresql": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+}
+# After a cancelled statement these leave a connection whose transaction can be rolled back (ran); others do not.
+_SURVIVORS = frozenset({"aiosqlite", "asyncpg", "psycopg", "psycopg_async"})
+
+
+def load(url: URL) -> None:
+    """Import the driver of a URL, or raise a `DriverError` that says what to install or to write."""
+    backend = url.get_backend_name()
+    try:
+        dialect = url.get_dialect().get_async_dialect_cls(url)
+    except (NoSuchModuleError, ArgumentError) as exc:
+        raise DriverError(f"{url.drivername!r} is not a driver that SQLAlchemy knows{_hint(backend)}") from exc
+    if not dialect.is_async:
+        raise DriverError(f"{url.drivername!r} is not an asynchronous driver{_hint(backend)}")
+    try:
+        dialect.import_dbapi()
+    except ImportError as exc:
+        driver = str(dialect.driver)
+        package = _PACKAGES.get(driver.removesuffix("_async"), exc.name or driver)
+        raise DriverError(f"the driver of {url.drivername!r} is not installed: pip install '{package}'") from exc
+
+
+def survives_cancellation(driver: str) -> bool:
+    """Return whether a connection of this driver can be rolled back after a statement was cancelled (P7)."""
+    return driver in _SURVIVORS
+
+
+def in_transaction(connection: Any) -> bool:
+    """Return whether the server has a transaction open on this connection, as far as the driver knows."""
+    if hasattr(connection, "is_in_transaction"):  # asyncpg
+        return bool(connection.is_in_transaction())
+    if hasattr(connection, "pgconn"):  # psycopg
+        return int(connection.pgconn.transaction_status) in (1, 2, 3)
+    if hasattr(connection, "get_transaction_status"):  # aiomysql, asyncmy
+        return bool(connection.get_transaction_status())
+    try:
+        return bool(getattr(connection, "in_transaction", False))  # aiosqlite
+    except ValueError:
+        return False
+
+
+def is_closed(connection: Any) -> bool:
+    """Return whether the driver knows that this connection is dead."""
+    closed = getattr(connection, "is_closed", None) or getattr(connection, "closed", False)
+    return bool(closed() if callable(closed) else closed)
+
+
+def cut(connection: Any) -> None:
+    """End this connection now, without a word to the server: what runs on it fails at once.
+
+    Never a cancel request: a cancelled wait for a synchronous replica is acknowledged without being replicated (P7).
+    """
+    if is_closed(connection):
+        return
+    if hasattr(connection, "terminate"):  # asyncpg
+        connection.terminate()
+    elif hasattr(connection, "pgconn"):  # psycopg
+        with contextlib.suppress(OSError):
+            _shut(connection.pgconn.socket)
+    elif hasattr(connection, "interrupt"):  # aiosqlite has no socket; its interrupt() never awaits
+        with contextlib.suppress(StopIteration, ValueError):
+            connection.interrupt().send(None)
+    elif hasattr(connection, "close"):  # aiomysql, asyncmy: close() drops the transport
+        closing = connection.close()
+        if closing is not None:
+            closing.close()
+
+
+def drop(connection: Any) -> None:
+    """Close a connection whose event loop is gone: nothing may be awaited any more (P15)."""
+    if hasattr(connection, "pgconn"):
+        connection.pgconn.finish()
+    elif hasattr(connection, "terminate"):
+        with contextlib.suppress(RuntimeError):
+            connection.terminate()
+        transport = getattr(connection, "_transport", None)
+        if (sock := getattr(transport, "_sock", None)) is not None:
+            sock.close()
+            with contextlib.suppress(AttributeError):
+                transport._sock = None  # type: ignore[union-attr]
+    elif hasattr(connection, "stop"):
+        connection.stop()
+        if (thread := getattr(connection, "_thread", None)) is not None:
+            thread.join()
+
+
+def _shut(descriptor: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as copy:
+        copy.shutdown(socket.SHUT_RDWR)
+
+
+def _hint(backend: str) -> str:
+    name = _ASYNC_DRIVERS.get(backend)
+    if name is None:
+        return ""
+    return f": write '{name}://...' and pip install '{_PACKAGES[name.partition('+')[2].removesuffix('_async')]}'"

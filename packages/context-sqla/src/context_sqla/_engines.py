@@ -1,0 +1,203 @@
+"""What is known of an engine's connections: which are open, which are out, what runs on them and what failed.
+
+All of it stands on SQLAlchemy's public events; an engine is watched once, however many connects use it.
+"""
+
+import asyncio
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import _drivers
+from .errors import ContextClosedError, CursorClosedError
+
+__all__ = ["Line", "Watch", "line_of", "watch"]
+
+KEY = "context_sqla"
+
+
+class Line:
+    """The state of one connection of the driver, for as long as it is checked out."""
+
+    __slots__ = ("__weakref__", "cancelled", "committing", "driver", "ended", "failure", "running")
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.running: set[Any] = set()
+        self.failure: str | None = None  # a statement failed in this transaction, and how
+        self.cancelled = False  # ... because it was cancelled
+        self.committing = False  # a COMMIT was sent
+        self.ended: str | None = None  # the unit cut this connection, and why
+
+    def restart(self) -> None:
+        """Forget what happened in the transaction that ended."""
+        self.failure = None
+        self.cancelled = self.committing = False
+
+
+class Watch:
+    """The connections of one engine."""
+
+    __slots__ = ("__weakref__", "open", "out", "retired")
+
+    def __init__(self) -> None:
+        self.open: dict[int, Any] = {}
+        self.out: set[Any] = set()  # the pool's records of the connections in use
+        self.retired = False  # connections are closed as they come back
+
+    def cut_all(self) -> int:
+        """Cut every connection, in use or not, and return how many there were."""
+        drivers = self._drivers()
+        for driver in drivers:
+            _drivers.cut(driver)
+        return len(drivers)
+
+    def drop_all(self) -> None:
+        """Close every connection of an event loop that is gone."""
+        for driver in self._drivers():
+            _drivers.drop(driver)
+
+    def _drivers(self) -> list[Any]:
+        return [dbapi.driver_connection for dbapi in list(self.open.values())]
+
+
+_watches: WeakKeyDictionary[Engine, Watch] = WeakKeyDictionary()
+
+
+def watch(engine: AsyncEngine) -> Watch:
+    """Return the watch of an engine; the first call begins it."""
+    sync_engine = engine.sync_engine
+    found = _watches.get(sync_engine)
+    if found is None:
+        found = _watches[sync_engine] = Watch()
+        _listen_to_pool(sync_engine, found)
+        _listen_to_connections(sync_engine)
+        if sync_engine.dialect.name == "sqlite":
+            event.listen(sync_engine, "begin", _begin_for_real)
+    return found
+
+
+def line_of(connection: Connection) -> Line | None:
+    """Return the state of a connection, None once it is closed, lost, or where its engine is not watched."""
+    if connection.closed or connection.invalidated:
+        return None
+    line: Line | None = connection.info.get(KEY)
+    return line
+
+
+def _listen_to_pool(engine: Engine, seen: Watch) -> None:
+    def connect(dbapi: Any, record: Any) -> None:
+        seen.open[id(dbapi)] = dbapi
+
+    def gone(dbapi: Any, *_: Any) -> None:
+        seen.open.pop(id(dbapi), None)
+
+    def checkout(dbapi: Any, record: Any, proxy: Any) -> None:
+        seen.out.add(record)
+        record.info[KEY] = Line(dbapi.driver_connection)
+
+    def checkin(dbapi: Any, record: Any) -> None:
+        seen.out.discard(record)
+        record.info.pop(KEY, None)
+        # P7a: whatever went wrong before, an open transaction is never handed to the next request.
+        if dbapi is not None and (seen.retired or _drivers.in_transaction(dbapi.driver_connection)):
+            record.invalidate()
+
+    def detach(dbapi: Any, record: Any) -> None:
+        seen.out.discard(record)
+        gone(dbapi)
+
+    for name, listener in (
+        ("connect", connect),
+        ("close", gone),
+        ("close_detached", gone),
+        ("checkout", checkout),
+        ("checkin", checkin),
+        ("detach", detach),
+    ):
+        event.listen(engine, name, listener)
+
+
+def _listen_to_connections(engine: Engine) -> None:
+    survives = _drivers.survives_cancellation(engine.dialect.driver)
+
+    def handle_error(context: ExceptionContext) -> Exception | None:
+        return _failed(context, survives)
+
+    event.listen(engine, "handle_error", handle_error)
+    for name, listener in (
+        ("before_cursor_execute", _before),
+        ("after_cursor_execute", _after),
+        ("begin", _begin),
+        ("commit", _commit),
+        ("rollback_savepoint", _rollback_savepoint),
+    ):
+        event.listen(engine, name, listener)
+
+
+def _before(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+    line = conn.info.get(KEY)
+    if line is not None:
+        line.running.add(context)
+
+
+def _after(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+    line = conn.info.get(KEY)
+    if line is not None:
+        line.running.discard(context)
+
+
+def _begin(conn: Connection) -> None:
+    if (line := line_of(conn)) is not None:
+        line.restart()
+
+
+def _commit(conn: Connection) -> None:
+    if (line := line_of(conn)) is not None:
+        line.committing = not _drivers.is_closed(line.driver)
+
+
+def _rollback_savepoint(conn: Connection, name: str, context: Any) -> None:
+    if (line := line_of(conn)) is not None:
+        line.failure = None
+        line.cancelled = False
+
+
+def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
+    """Remember a failed statement (P4a), keep the connection of a cancelled one (P7), and name what a unit's end did (P10)."""
+    connection = context.connection
+    if connection is None:
+        return None
+    line = line_of(connection)
+    if line is None:
+        fetching = context.statement is None and context.execution_context is not None
+        return _cursor_riddle() if fetching else None
+    line.running.discard(context.execution_context)
+    if context.statement is None and context.execution_context is None:
+        return None  # BEGIN, COMMIT or ROLLBACK itself
+    original = context.original_exception
+    cancelled = isinstance(original, asyncio.CancelledError)
+    line.failure = line.failure or type(original).__name__
+    line.cancelled = line.cancelled or cancelled
+    if line.ended is not None:
+        return None if cancelled else ContextClosedError(line.ended)
+    if cancelled and survives and not _drivers.is_closed(line.driver):
+        context.is_disconnect = False
+    return None
+
+
+def _cursor_riddle() -> Exception:
+    return CursorClosedError(
+        "a server-side cursor was read after its transaction had ended: before the response's head its request commits; "
+        "open the cursor in the body's generator, or say 'await keep_transaction(connect)' in the handler"
+    )
+
+
+def _begin_for_real(connection: Connection) -> None:
+    """Send the BEGIN that the SQLite driver leaves out, unless the connection is in autocommit or somebody else sent it."""
+    dbapi: Any = connection.connection.dbapi_connection
+    if dbapi.isolation_level is not None and not _drivers.in_transaction(dbapi.driver_connection):
+        connection.exec_driver_sql("BEGIN")

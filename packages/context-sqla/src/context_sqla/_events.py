@@ -1,0 +1,54 @@
+"""What SQLAlchemy tells the sessions of units; one set of listeners for all sessions of the process.
+
+Sessions that are in no unit are passed over.
+"""
+
+from typing import cast
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ._engines import KEY
+from ._slot import Slot
+from .errors import ContextClosedError
+
+
+def _slot_of(session: Session) -> Slot | None:
+    return cast("Slot | None", session.info.get(KEY))
+
+
+@event.listens_for(Session, "after_begin")
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    if (slot := _slot_of(session)) is not None and not transaction.nested:
+        slot.began(connection)
+
+
+@event.listens_for(Session, "before_attach")
+def _before_attach(session: Session, instance: object) -> None:
+    if (slot := _slot_of(session)) is not None and slot.ended is not None:
+        raise ContextClosedError(slot.ended)
+
+
+@event.listens_for(Session, "before_commit")
+def _before_commit(session: Session) -> None:
+    if (slot := _slot_of(session)) is not None and not session.in_nested_transaction():
+        slot.before()
+
+
+@event.listens_for(Session, "after_commit")
+def _after_commit(session: Session) -> None:
+    if (slot := _slot_of(session)) is not None and not session.in_nested_transaction():
+        slot.after()
+
+
+@event.listens_for(Session, "after_soft_rollback")
+def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
+    if (slot := _slot_of(session)) is not None:
+        slot.rolled_back(transaction)
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if (slot := _slot_of(session)) is not None and transaction.parent is None:
+        slot.over()

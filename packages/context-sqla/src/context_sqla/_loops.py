@@ -1,0 +1,220 @@
+"""The engines of a connect, kept per event loop and host, and closed with what they belong to (P13, P15)."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+
+from ._engines import watch
+from ._settle import hold, logger
+
+__all__ = ["LoopState", "Loops", "Member"]
+
+
+class Grace(Protocol):
+    """What the sweep asks of a connect."""
+
+    host: str | None
+    idle_host_grace: float
+    cleanup_timeout: float
+
+
+class Member:
+    """One engine with its session maker: of one host, in one event loop."""
+
+    __slots__ = ("adopted", "chosen", "engine", "host", "maker", "watch")
+
+    def __init__(self, host: str, engine: AsyncEngine, maker: async_sessionmaker[Any], *, adopted: bool) -> None:
+        self.host = host
+        self.engine = engine
+        self.maker = maker
+        self.adopted = adopted
+        self.watch = watch(engine)
+        self.chosen = 0.0
+
+    async def dispose(self, timeout: float) -> None:
+        """Close the idle connections; those in use are closed when they come back; nothing waits longer than the limit."""
+        self.watch.retired = not self.adopted
+        limit = asyncio.get_running_loop().call_later(timeout, self.watch.cut_all)
+        try:
+            await self.engine.dispose()
+        finally:
+            limit.cancel()
+
+
+class LoopState:
+    """What a connect has in one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.members: dict[str, Member] = {}
+        self.active: set[Any] = set()  # the sessions of running units
+        self.retiring: set[Member] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Event | None = None
+        self._keeper: Any = None
+
+    def keep(self, cleanup_timeout: float) -> None:
+        """Close everything when the loop shuts down its asynchronous generators, as `asyncio.run` and its like do."""
+        self._keeper = self._until_the_loop_ends(cleanup_timeout)
+        with contextlib.suppress(StopIteration):
+            self._keeper.__anext__().send(None)
+
+    def add(self, member: Member) -> None:
+        """Make this the engine of its host."""
+        member.watch.retired = False
+        self.members[member.host] = member
+
+    def leave(self, slot: Any) -> None:
+        """Forget a session whose unit has ended."""
+        self.active.discard(slot)
+        if not self.active and self._drained is not None:
+            self._drained.set()
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until no unit is running, and return whether that came true in time."""
+        if not self.active:
+            return True
+        self._drained = asyncio.Event()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._drained.wait()
+        except TimeoutError:
+            return not self.active
+        return True
+
+    def retire(self, member: Member, timeout: float) -> None:
+        """Take an engine out of use; its idle connections are closed in a task that is held."""
+        if self.members.get(member.host) is member:
+            del self.members[member.host]
+        self.retiring.add(member)
+
+        async def dispose() -> None:
+            try:
+                await member.dispose(timeout)
+            finally:
+                self.retiring.discard(member)
+
+        hold(dispose())
+
+    def sweep_later(self, connect: Grace) -> None:
+        """Look, after the grace, for hosts that are no longer in use."""
+        if self._sweep is None and len(self.members) > 1:
+            self._sweep = self.loop.call_later(max(connect.idle_host_grace, 0.02), self._swept, connect)
+
+    def _swept(self, connect: Grace) -> None:
+        self._sweep = None
+        oldest = self.loop.time() - connect.idle_host_grace
+        for member in tuple(self.members.values()):
+            if member.host != connect.host and not member.watch.out and member.chosen <= oldest:
+                self.retire(member, connect.cleanup_timeout)
+        self.sweep_later(connect)
+
+    async def shut(self, cleanup_timeout: float, *, keep_adopted: bool) -> None:
+        """Close every engine of this loop."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        members = [*self.members.values(), *self.retiring]
+        self.members.clear()
+        for member in members:
+            if not (member.adopted and keep_adopted):
+                await member.dispose(cleanup_timeout)
+
+    async def _until_the_loop_ends(self, cleanup_timeout: float) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await self.shut(cleanup_timeout, keep_adopted=False)
+
+
+class Loops:
+    """A connect's states, one per event loop that is alive."""
+
+    def __init__(self) -> None:
+        self._states: dict[asyncio.AbstractEventLoop, LoopState] = {}
+        _all.add(self)
+
+    def find(self) -> LoopState | None:
+        """Return the state of the running loop, None if nothing was used in it."""
+        try:
+            return self._states.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return None
+
+    def here(self, cleanup_timeout: float) -> LoopState:
+        """Return the state of the running loop; the first call in a loop drops what dead loops have left."""
+        loop = asyncio.get_running_loop()
+        state = self._states.get(loop)
+        if state is None:
+            self._bury()
+            state = self._states[loop] = LoopState(loop)
+            state.keep(cleanup_timeout)
+        return state
+
+    def elsewhere(self) -> bool:
+        """Return whether another event loop that is alive has an engine with open connections."""
+        running = self.find()
+        states = [state for state in self._states.values() if state is not running and not state.loop.is_closed()]
+        return any(member.watch.open for state in states for member in state.members.values())
+
+    def abort(self, host: str) -> int:
+        """Cut all connections to a host, in every loop."""
+        count = 0
+        running = self.find()
+        for state in list(self._states.values()):
+            for member in [*state.members.values(), *state.retiring]:
+                if member.host != host or state.loop.is_closed():
+                    continue
+                if state is running:
+                    count += _abort(member)
+                else:
+                    count += len(member.watch.open)
+                    state.loop.call_soon_threadsafe(_abort, member)
+        return count
+
+    def _bury(self) -> None:
+        for loop in [loop for loop in self._states if loop.is_closed()]:
+            state = self._states.pop(loop, None)
+            for member in [*state.members.values(), *state.retiring] if state is not None else ():
+                member.watch.drop_all()
+                member.watch.open.clear()
+                member.watch.out.clear()
+                member.engine.sync_engine.dispose(close=False)
+
+    def forget(self) -> None:
+        """Let go of everything without touching a socket: they belong to the parent process."""
+        for state in self._states.values():
+            for member in [*state.members.values(), *state.retiring]:
+                _abandoned.append(member.engine.sync_engine.pool)
+                member.engine.sync_engine.dispose(close=False)
+                member.watch.open.clear()
+                member.watch.out.clear()
+        _abandoned.append(self._states)
+        self._states = {}
+
+
+_all: WeakSet[Loops] = WeakSet()
+_abandoned: list[Any] = []  # never collected: a finalizer would close what the parent still uses
+
+
+def _abort(member: Member) -> int:
+    count = member.watch.cut_all()
+    member.engine.sync_engine.dispose(close=False)  # the next session connects anew
+    return count
+
+
+def _forget_all() -> None:
+    for loops in list(_all):
+        try:
+            loops.forget()
+        except Exception:
+            logger.exception("A connect could not forget the connections of its parent process")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

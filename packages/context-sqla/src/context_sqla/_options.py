@@ -1,0 +1,28 @@
+"""Options of one transaction: what SQLAlchemy calls them, and where they cannot be kept (P17)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ._connect import DBConnect
+from .errors import UnsupportedOptionError
+
+__all__ = ["check_options", "transaction_options"]
+
+
+def transaction_options(*, isolation_level: str | None, read_only: bool) -> dict[str, Any]:
+    """Return the execution options of a transaction."""
+    options: dict[str, Any] = {}
+    if isolation_level is not None:
+        options["isolation_level"] = isolation_level
+    if read_only:
+        options["postgresql_readonly"] = True
+    return options
+
+
+def check_options(connect: DBConnect[Any], session: AsyncSession, options: Mapping[str, Any]) -> None:
+    """Raise if the database cannot keep an option; SQLAlchemy itself checks the isolation level."""
+    dialect = session.get_bind().dialect.name
+    if "postgresql_readonly" in options and dialect not in ("postgresql", "cockroachdb"):
+        raise UnsupportedOptionError(f"{connect!r}: read_only is not known to {dialect}")

@@ -1,0 +1,360 @@
+"""`db_session` and its family, and the life cycle by hand for those who write a middleware of their own."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import Token
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from . import _commit
+from ._connect import DBConnect
+from ._context import current
+from ._options import check_options, transaction_options
+from ._policy import BeforeCommitCallback, Policy
+from ._settle import settle
+from ._slot import Slot
+from ._unit import Phase, Unit
+from .errors import ContextAlreadyInitiatedError, ContextNotInitiatedError, UnsupportedOptionError
+
+__all__ = [
+    "atomic_db_session",
+    "auto_commit_by_status_code",
+    "close_all_sessions",
+    "close_db_session",
+    "commit_all_sessions",
+    "commit_db_session",
+    "db_session",
+    "get_db_session_from_context",
+    "init_db_session_ctx",
+    "is_context_initiated",
+    "keep_transaction",
+    "new_non_ctx_atomic_session",
+    "new_non_ctx_session",
+    "on_commit",
+    "pop_db_session_from_context",
+    "put_db_session_to_context",
+    "reset_db_session_ctx",
+    "rollback_all_sessions",
+    "rollback_db_session",
+]
+
+S = TypeVar("S", bound=AsyncSession)
+CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
+
+
+async def db_session(connect: DBConnect[S]) -> S:
+    """Return the unit's session of this connect: lazy, and the same for every coroutine of the unit (P1, P2).
+
+    Args:
+        connect: the database.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+        ContextClosedError: called by a task that outlived its unit.
+    """
+    unit = current.get()
+    if unit is None:
+        raise _outside(connect)
+    if unit.runs_ahead is None:
+        slot = unit.slots.get(connect.context_key)
+        if slot is not None:
+            session: S = slot.session
+            return session
+    session = await unit.session(connect)
+    return session
+
+
+async def commit_db_session(connect: DBConnect[Any]) -> None:
+    """Commit what is open on the unit's session; the next statement begins a new transaction.
+
+    Nothing open, or no session yet: nothing happens.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    if (slot := _find(connect)) is not None:
+        await _commit.commit([slot])
+    elif (slot := (_unit(connect).borrowed or {}).get(connect.context_key)) is not None:
+        await slot.flush()
+
+
+async def rollback_db_session(connect: DBConnect[Any]) -> None:
+    """Roll back what is open on the unit's session; the next statement begins a new transaction.
+
+    Nothing open, or no session yet: nothing happens.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    if (slot := _find(connect)) is not None and slot.open:
+        await settle(slot.rollback, again=True)
+
+
+async def close_db_session(connect: DBConnect[Any]) -> None:
+    """Close the unit's session and forget it; the next `db_session` gives a new one.
+
+    What is not committed is rolled back. After `commit_db_session` this frees everything before slow work.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    if (slot := _find(connect)) is not None:
+        del _unit(connect).slots[connect.context_key]
+        await _commit.end([slot])
+
+
+@asynccontextmanager
+async def atomic_db_session(
+    connect: DBConnect[S],
+    current_transaction: CurrentTransaction = "commit",
+    *,
+    isolation_level: str | None = None,
+    read_only: bool = False,
+) -> AsyncIterator[S]:
+    """Run a block in a transaction of its own on the unit's session: committed at its end, rolled back on an error (P17).
+
+    Args:
+        connect: the database.
+        current_transaction: what becomes of a transaction that is open already: `commit` and `rollback` end it so and begin
+            anew, `append` goes on in it, `raise` raises SQLAlchemy's `InvalidRequestError`.
+        isolation_level: for this transaction alone.
+        read_only: let the database refuse writes in this transaction.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+        UnsupportedOptionError: an option cannot be kept, here or in a transaction that is open already.
+        ValueError: `current_transaction` is something else.
+    """
+    if current_transaction not in ("commit", "rollback", "append", "raise"):
+        raise ValueError(f"current_transaction is 'commit', 'rollback', 'append' or 'raise', not {current_transaction!r}")
+    slot = await _unit(connect).slot(connect)
+    session: S = slot.session  # type: ignore[assignment]
+    end = Slot.flush if connect.context_key in (_unit(connect).borrowed or {}) else _commit_one
+    options = transaction_options(isolation_level=isolation_level, read_only=read_only)
+    if slot.open and current_transaction == "commit":
+        await end(slot)
+    elif slot.open and current_transaction == "rollback":
+        await settle(slot.rollback, again=True)
+    if options and (slot.open or slot.shared):
+        raise UnsupportedOptionError(f"{connect!r}: {', '.join(options)} cannot be set in a transaction that is open already")
+    if not slot.open or current_transaction == "raise":
+        await session.begin()  # SQLAlchemy's own error if one is open
+    try:
+        if options:
+            check_options(connect, session, options)
+            await session.connection(execution_options=options)
+        yield session
+    except BaseException as exc:
+        await _commit.roll_back([slot], exc)
+        raise
+    await end(slot)
+
+
+@asynccontextmanager
+async def new_non_ctx_session(connect: DBConnect[S]) -> AsyncIterator[S]:
+    """Give a session of its own, outside every unit: closed at the end, not committed."""
+    session = await connect.create_session()
+    try:
+        yield session
+    finally:
+        await settle(session.close, again=True)
+
+
+@asynccontextmanager
+async def new_non_ctx_atomic_session(connect: DBConnect[S]) -> AsyncIterator[S]:
+    """Give a session of its own, outside every unit: committed at the end, rolled back on an error."""
+    async with new_non_ctx_session(connect) as session:
+        try:
+            await session.begin()
+            yield session
+        except BaseException:
+            await settle(session.rollback, again=True)
+            raise
+        await settle(session.commit)
+
+
+def on_commit(callback: Callable[[], Awaitable[Any] | Any], *, connect: DBConnect[Any] | None = None) -> None:
+    """Run a callback once what is written now is committed; a rollback drops it (P14).
+
+    An error in it is logged and changes nothing. A `db_session` inside it is a unit of its own.
+
+    Args:
+        callback: takes nothing, plain or async; never run at once.
+        connect: run it after the next commit of this connect's session, and drop it with the innermost savepoint that is open
+            now. Without it: when the unit has committed everything.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    unit = _unit(connect)
+    if unit.phase is Phase.CLOSED:
+        raise _outside(connect)
+    slot = unit.slots.get(connect.context_key) if connect is not None else None
+    if slot is not None:
+        slot.on_commit(callback)
+    elif connect is None:
+        unit.on_commit(callback)
+    else:
+        unit.on_first_commit(connect, callback)
+
+
+async def keep_transaction(connect: DBConnect[Any]) -> None:
+    """Keep this session's transaction from the handler to the last byte of the body (P5).
+
+    It is flushed before the head and committed before the last byte: an exception to the commit before the answer, for bodies
+    that read from a server-side cursor which the handler has opened.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    slot = await _unit(connect).slot(connect)
+    slot.kept = True
+
+
+def init_db_session_ctx(force: bool = False) -> Token[Any]:
+    """Open a unit by hand and return the token for `reset_db_session_ctx`.
+
+    Args:
+        force: open it inside another one too.
+
+    Raises:
+        ContextAlreadyInitiatedError: a unit is open already, and `force` is not set.
+    """
+    if not force and is_context_initiated():
+        raise ContextAlreadyInitiatedError("a unit of work is open here already; pass force=True for one inside it")
+    token: Token[Any] = current.set(Unit())
+    return token
+
+
+def is_context_initiated() -> bool:
+    """Return whether a unit of work is open here."""
+    unit = current.get()
+    return unit is not None and unit.phase is not Phase.CLOSED
+
+
+async def reset_db_session_ctx(token: Token[Any], with_close: bool = True) -> None:
+    """End a unit that was opened by hand.
+
+    Args:
+        token: what `init_db_session_ctx` returned.
+        with_close: close its sessions, rolling back what is not committed; otherwise they are left to the caller.
+    """
+    unit = _unit(None)
+    try:
+        if with_close:
+            await unit.close()
+        else:
+            unit.phase = Phase.CLOSED
+    finally:
+        current.reset(token)
+
+
+def get_db_session_from_context(connect: DBConnect[S]) -> S | None:
+    """Return the unit's session of this connect, None if there is none yet.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    slot = _find(connect)
+    session: S | None = slot.session if slot is not None else None  # type: ignore[assignment]
+    return session
+
+
+def put_db_session_to_context(connect: DBConnect[S], session: S) -> None:
+    """Make an existing session the unit's session of this connect.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    _unit(connect).put(connect, session)
+
+
+def pop_db_session_from_context(connect: DBConnect[S]) -> S | None:
+    """Take the session of this connect out of the unit, without closing it; it belongs to the caller then.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    slot: Slot | None = _unit(connect).slots.pop(connect.context_key, None)
+    if slot is None:
+        return None
+    slot.let_go()
+    session: S = slot.session  # type: ignore[assignment]
+    return session
+
+
+async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None) -> None:
+    """Commit every session of the unit, or none that was not yet committed (P9).
+
+    Args:
+        before_commit: awaited before the commit of each session with an open transaction.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    unit = _unit(None)
+    if before_commit is not None:
+        for slot in unit.slots.values():
+            slot.before_commit = before_commit
+    await unit.commit()
+
+
+async def rollback_all_sessions() -> None:
+    """Roll every session of the unit back.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    await _unit(None).roll_back()
+
+
+async def close_all_sessions() -> None:
+    """Close every session of the unit and forget it; what is not committed is rolled back.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    unit = _unit(None)
+    slots = list(unit.slots.values())
+    unit.slots.clear()
+    await _commit.end(slots)
+
+
+async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:
+    """Commit every session of the unit if the status is below 400, roll them back otherwise (P3).
+
+    Args:
+        status_code: of the response.
+        before_commit: awaited before the commit of each session with an open transaction.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
+    """
+    if Policy().commits(status_code):
+        await commit_all_sessions(before_commit)
+    else:
+        await rollback_all_sessions()
+
+
+async def _commit_one(slot: Slot) -> None:
+    await _commit.commit([slot])
+
+
+def _outside(connect: DBConnect[Any] | None) -> ContextNotInitiatedError:
+    what = "this" if connect is None else f"{connect!r}: a session"
+    return ContextNotInitiatedError(
+        f"{what} was asked for outside a unit of work; in a request: is the adapter set up? In a websocket, script, worker or "
+        "test: wrap the work in 'async with db_context():'"
+    )
+
+
+def _unit(connect: DBConnect[Any] | None) -> Unit:
+    unit: Unit | None = current.get()
+    if unit is None:
+        raise _outside(connect)
+    return unit
+
+
+def _find(connect: DBConnect[Any]) -> Slot | None:
+    return _unit(connect).slots.get(connect.context_key)

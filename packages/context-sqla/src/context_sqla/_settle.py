@@ -1,0 +1,72 @@
+"""Clean-up that nobody can interrupt: a task of its own, awaited to its end however often the caller is cancelled (P7)."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+__all__ = ["hold", "logger", "settle"]
+
+T = TypeVar("T")
+logger = logging.getLogger("context_sqla")
+
+_held: set[asyncio.Task[Any]] = set()
+
+
+def hold(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Run a coroutine in a task that is kept alive; an error in it is logged with its traceback."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    _held.add(task)
+    task.add_done_callback(_let_go)
+    return task
+
+
+async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = False) -> T:
+    """Run `fn` to its end in a task of its own, then raise a cancellation that arrived meanwhile.
+
+    Args:
+        fn: makes the coroutine; it bounds itself in time.
+        again: run it once more if its own task is cancelled, as `asyncio.run` does with every task at its end.
+    """
+    task = asyncio.get_running_loop().create_task(fn())
+    cancelled = await _wait(task)
+    if task.cancelled() and again:
+        task = asyncio.get_running_loop().create_task(fn())
+        cancelled = await _wait(task) or cancelled
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and (error := task.exception()) is not None:
+        # P4: the caller learns of the cancellation; the error of a commit must not be lost with it.
+        cancelled.add_note(f"while it was cancelled: {type(error).__name__}: {error}")
+        logger.error("An error was overtaken by a cancellation", exc_info=error)
+    raise cancelled
+
+
+async def _wait(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError as exc:
+        with _shielded():
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((task,))
+        return exc
+    return None
+
+
+def _shielded() -> AbstractContextManager[Any]:
+    """Return anyio's shield where anyio is in use: its scopes cancel again at every turn of the loop."""
+    anyio = sys.modules.get("anyio")
+    if anyio is None:
+        return contextlib.nullcontext()
+    scope: AbstractContextManager[Any] = anyio.CancelScope(shield=True)
+    return scope
+
+
+def _let_go(task: asyncio.Task[Any]) -> None:
+    _held.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("An error in clean-up that nobody awaits", exc_info=error)

@@ -1,0 +1,398 @@
+"""One session of one unit: what is open on it, what runs on it, and how it ends."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from sqlalchemy import select
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, ResourceClosedError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
+
+from . import _drivers
+from ._connect import DBConnect
+from ._engines import KEY, Line, line_of
+from ._policy import Policy
+from ._settle import logger, settle
+from .errors import ContextClosedError, SessionBusyError, _outcome_of
+
+__all__ = ["Slot"]
+
+Callback: TypeAlias = Callable[[], Awaitable[Any] | Any]
+Prepared: TypeAlias = list[tuple[AsyncEngine, str, Line]]
+REMEDY = "ask db_session() where the work is done, inside 'async with db_context():' or run_in_new_ctx()"
+
+
+class Owner(Protocol):
+    """What a session asks of its unit."""
+
+    policy: Policy
+    label: Callable[[], str] | None
+    committed: bool
+
+    async def run_callback(self, callback: Callback) -> None:
+        """Run one on-commit callback in a unit of its own."""
+        ...
+
+
+class Slot:
+    """A session in its unit.
+
+    Args:
+        connect: whose session it is.
+        session: the session.
+        host: the host that was chosen for it.
+        owner: the unit.
+        shared: the session works in the transaction of a test, on a connection that is not its own to cut.
+    """
+
+    def __init__(
+        self,
+        connect: DBConnect[Any],
+        session: AsyncSession,
+        host: str,
+        owner: Owner,
+        *,
+        shared: bool = False,
+    ) -> None:
+        self.connect = connect
+        self.session = session
+        self.sync = session.sync_session
+        self.host = host
+        self.owner = owner
+        self.before_commit = owner.policy.before_commit
+        self.shared = shared
+        self.lines: list[tuple[Connection, Line]] = []
+        self.kept = False  # P5: the transaction goes on after the head
+        self.ended: str | None = None
+        self.hooked = False  # the before-commit hooks have run for this transaction
+        self.deferring = False  # a unit commits several sessions and runs what is due afterwards
+        self.prepared: Prepared = []
+        self.on_end: Callable[[], None] | None = None
+        self._callbacks: list[tuple[Callback, tuple[SessionTransaction, ...]]] = []
+        self._due: list[Callback] = []
+        self._committed = False
+        self._limit: asyncio.TimerHandle | None = None
+        self._held: asyncio.TimerHandle | None = None
+        self.turn: Callable[[], None] | None = None
+        self._owner: asyncio.Task[Any] | None = None
+        self.sync.info[KEY] = self
+
+    # What is going on
+
+    @property
+    def open(self) -> bool:
+        """Whether the session has a transaction, begun by itself or by hand."""
+        return self.sync.in_transaction()
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the session has something to flush."""
+        return bool(self.sync.new or self.sync.deleted or self.sync.dirty)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a statement is running on the session, or a connection is being opened for it."""
+        for _, line in self.lines:
+            if line.running:
+                return True
+        transaction = self.sync.get_nested_transaction() or self.sync.get_transaction()
+        return getattr(transaction, "_current_fn", None) is not None
+
+    @property
+    def failure(self) -> str | None:
+        """How a statement of this transaction failed, None if none did or the connect does not ask (P4a)."""
+        for _, line in self.lines:
+            if line.failure is not None and (line.cancelled or self.connect.check_failed_transaction):
+                return line.failure
+        return None
+
+    async def idle(self, timeout: float) -> bool:
+        """Wait until nothing runs on the session, and return whether that came true in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        pause = 0.0
+        while self.busy:
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(0.02, pause + 0.001)
+        return True
+
+    # How it ends
+
+    def seal(self) -> None:
+        """Refuse statements of every task but the current one, until `unseal` (P7a)."""
+        self._owner = asyncio.current_task()
+        self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
+
+    def unseal(self) -> None:
+        """Take statements of every task again."""
+        self._owner = None
+        if self.ended is None and self.turn is None:
+            self.sync.__dict__.pop("get_bind", None)
+
+    def take_turns(self, turn: Callable[[], None]) -> None:
+        """Ask this before every statement; it raises while another unit of a test has the connection."""
+        self.turn = turn
+        self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
+
+    async def flush(self) -> None:
+        """Send what is pending, so that its errors surface before anything is committed (P9)."""
+        if self.dirty:
+            await self.session.flush()
+
+    async def ask_hooks(self) -> None:
+        """Await everything that may refuse this commit (P14)."""
+        self.hooked = True
+        if self.before_commit is not None:
+            await self.before_commit(self.session)
+        for hook in tuple(self.connect.before_commit):
+            await hook(self.session)
+
+    async def check(self) -> None:
+        """Raise if a statement whose error was swallowed has aborted the transaction (P4a)."""
+        failure = self.failure
+        if failure is None:
+            return
+        for connection, line in self.lines:
+            if line.failure is None or connection.closed:
+                continue
+            try:
+                await self.session.run_sync(lambda _, connection=connection: connection.execute(select(1)))  # type: ignore[misc]
+            except Exception as exc:
+                exc.add_note(
+                    f"{self.connect!r}: a statement of this transaction had failed ({failure}) and its error was swallowed: "
+                    "COMMIT would have been a silent ROLLBACK; put it into 'async with session.begin_nested():' (P4a)"
+                )
+                raise
+            line.failure = None
+
+    async def commit(self) -> None:
+        """Commit; at `commit_timeout` the connection is cut and the outcome is in doubt (P7)."""
+        self.arm(self.connect.commit_timeout)
+        lines = [line for _, line in self.lines]
+        try:
+            await self.session.commit()
+        except BaseException as exc:
+            if any(line.committing for line in lines) and _is_unknown(exc):
+                _outcome_of(exc).in_doubt = True
+                exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
+            raise
+        finally:
+            self.disarm()
+
+    async def rollback(self) -> None:
+        """Roll back, or cut the connection where a statement is still running on it (P7a)."""
+        self._callbacks.clear()
+        self.kept = False
+        if not self.open:
+            return
+        if self.busy or any(_drivers.is_closed(line.driver) for _, line in self.lines):
+            await self.abandon("it was rolled back while this statement was running")
+            return
+        self.arm(self.connect.cleanup_timeout)
+        try:
+            await self.session.rollback()
+        except BaseException:
+            await self.abandon("its rollback failed")
+            raise
+        finally:
+            self.disarm()
+
+    async def abandon(self, reason: str) -> None:
+        """Give the connection up: cut it, let the statement that runs on it fail, and forget it."""
+        self.cut(f"{self.connect!r}: the connection was cut because its unit ended: {reason}; {REMEDY}")
+        await self.idle(min(1.0, self.connect.cleanup_timeout))
+        self.arm(self.connect.cleanup_timeout)
+        try:
+            await self.session.invalidate()
+        except ResourceClosedError:
+            pass  # `began` was quicker
+        except Exception:
+            if not self.busy:
+                logger.exception("%r: a connection that was cut could not be invalidated", self.connect)
+        finally:
+            self.disarm()
+
+    def cut(self, reason: str) -> None:
+        """End the connections of the open transaction now."""
+        if self.shared:
+            return
+        for _, line in self.lines:
+            line.ended = line.ended or reason
+            _drivers.cut(line.driver)
+
+    async def end(self) -> None:
+        """Close the session; it is refused already."""
+        try:
+            if self.open:
+                await self._close()
+            else:
+                self.sync.close()
+        finally:
+            self.forget()
+
+    def refuse(self, message: str) -> None:
+        """Let the session take nothing any more."""
+        self.ended = message
+        self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
+
+    def let_go(self) -> None:
+        """Leave the session to somebody else, as it is."""
+        self.sync.info.pop(KEY, None)
+        self.sync.__dict__.pop("get_bind", None)
+        self.forget()
+
+    def forget(self) -> None:
+        """Take the session out of what `DBConnect.close()` waits for."""
+        self.disarm()
+        self._release()
+        self.connect.left(self)
+        if self.on_end is not None:
+            self.on_end()
+            self.on_end = None
+
+    async def _close(self) -> None:
+        if self.busy:
+            await self.abandon("it was closed while this statement was running")
+            if self.busy:  # a connection is still being opened: `began` refuses it when it is there
+                return
+        self.arm(self.connect.cleanup_timeout)
+        try:
+            await self.session.close()
+        except BaseException:
+            await self.abandon("its close failed")
+            raise
+        finally:
+            self.disarm()
+
+    def _get_bind(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ended is not None:
+            raise ContextClosedError(self.ended)
+        if self._owner is not None and asyncio.current_task() is not self._owner:
+            raise SessionBusyError(
+                f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
+            )
+        if self.turn is not None:
+            self.turn()
+        return type(self.sync).get_bind(self.sync, *args, **kwargs)
+
+    # Limits in time
+
+    def arm(self, seconds: float) -> None:
+        """Cut the connection if what follows takes longer than this."""
+        self.disarm()
+        self._limit = asyncio.get_running_loop().call_later(seconds, self._expired, seconds)
+
+    def _expired(self, seconds: float) -> None:
+        self.cut(f"{self.connect!r}: no answer within {seconds:g} s")
+
+    def disarm(self) -> None:
+        """Forget the limit."""
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
+    def _warn(self, seconds: float) -> None:
+        where = self.owner.label() if self.owner.label is not None else "a unit of work"
+        logger.warning("%r: %s holds a connection for more than %g s", self.connect, where, seconds)
+
+    def _release(self) -> None:
+        self.lines.clear()
+        if self._held is not None:
+            self._held.cancel()
+            self._held = None
+
+    # After the commit (P14)
+
+    def on_commit(self, callback: Callback) -> None:
+        """Run this after the next commit, unless the transaction or its innermost open savepoint is rolled back."""
+        self._callbacks.append((callback, tuple(_savepoints(self.sync))))
+
+    async def run_due(self) -> None:
+        """Run what was waiting for this commit; errors are logged and change nothing."""
+        announce, self._committed = self._committed, False
+        due, self._due = self._due, []
+        if announce:
+            for hook in tuple(self.connect.committed):
+                try:
+                    await hook(self.session, self.host)
+                except Exception:
+                    logger.exception("%r: an error in a 'committed' hook", self.connect)
+            if self.connect.committed and self.open:
+                await self.session.rollback()
+        for callback in due:
+            await self.owner.run_callback(callback)
+
+    # What SQLAlchemy tells
+
+    def began(self, connection: Connection) -> None:
+        """Note the connection of a transaction that begins."""
+        if self.ended is not None:
+            connection.close()
+            raise ContextClosedError(self.ended)
+        if (line := line_of(connection)) is not None:
+            self.lines.append((connection, line))
+        seconds = self.connect.warn_held_after
+        if seconds is not None and self._held is None:
+            self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds)
+
+    def before(self) -> None:
+        """Ask the hooks before a commit by hand."""
+        if not self.hooked and (self.before_commit is not None or self.connect.before_commit):
+            try:
+                await_only(self.ask_hooks())
+            except BaseException:
+                self.hooked = False
+                raise
+
+    def after(self, callbacks: Sequence[Callback] | None = None) -> None:
+        """Note that a transaction was committed."""
+        self.owner.committed = True
+        self._committed = True
+        self._due.extend(self.take_callbacks() if callbacks is None else callbacks)
+
+    def take_callbacks(self) -> list[Callback]:
+        """Return what waits for the next commit, and let it wait no longer."""
+        callbacks = [callback for callback, _ in self._callbacks]
+        self._callbacks.clear()
+        return callbacks
+
+    def rolled_back(self, transaction: SessionTransaction) -> None:
+        """Drop the callbacks that were registered inside what was rolled back."""
+        while not transaction.nested and transaction.parent is not None:
+            transaction = transaction.parent  # a flush that fails takes its savepoint with it
+        self._callbacks = [entry for entry in self._callbacks if transaction.nested and transaction not in entry[1]]
+
+    def over(self) -> None:
+        """Note that the transaction is over, one way or the other, and its connection is back."""
+        self.hooked = self.kept = False
+        self.disarm()
+        self._release()
+        if not self._committed:
+            self._callbacks.clear()
+        elif not self.deferring and (self._due or self.connect.committed):
+            await_only(settle(self.run_due))
+        elif not self.deferring:
+            self._committed = False
+
+
+def _savepoints(session: Session) -> Iterator[SessionTransaction]:
+    transaction = session.get_nested_transaction()
+    while transaction is not None:
+        if transaction.nested:
+            yield transaction
+        transaction = transaction.parent
+
+
+def _is_unknown(exc: BaseException) -> bool:
+    """Return whether this error leaves open what became of a COMMIT that had been sent."""
+    if not isinstance(exc, DBAPIError):
+        return True
+    state = getattr(exc.orig, "sqlstate", None) or getattr(exc.orig, "pgcode", None)
+    if isinstance(state, str):
+        return state.startswith(("08", "57P")) or state == "40003"
+    return exc.connection_invalidated

@@ -1,0 +1,273 @@
+"""The unit of work: one request, one block, one call; its phases, its sessions and its end.
+
+A unit goes through the phases handler, stream, background, closed. What is written in the handler phase is decided before the
+head of the response leaves, what the body writes before its last byte, and background work when it has run.
+"""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from contextvars import Token
+from typing import Any
+
+from . import _commit, _context
+from ._container import Container, Phase
+from ._policy import DEFAULT_POLICY, Policy
+from ._settle import hold, logger, settle
+from ._slot import Callback, Slot
+from .errors import ForeignLoopError
+
+__all__ = ["Phase", "Unit", "new_unit"]
+
+
+class Unit(Container):
+    """One unit of work: the sessions of one request, and the decision what becomes of them.
+
+    An adapter makes five calls: `Unit.enter`, `head`, `end_of_body`, `disconnected`, `close` (or `close_with`).
+
+    Args:
+        policy: when to commit.
+        label: returns what log lines call this unit, such as "POST /users"; called late.
+    """
+
+    __slots__ = ("_cleaning", "_commits", "_on_commit", "_token")
+
+    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
+        super().__init__(policy, label)
+        self._commits = True
+        self._on_commit: list[Callback] | None = None
+        self._cleaning: asyncio.Task[None] | None = None
+        self._token: Token[Any] | None = None
+
+    @classmethod
+    def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
+        """Open a unit and make it the current one; nothing else happens until a session is asked for (P1).
+
+        A marked context of a test is joined: the same calls then act on savepoints in the test's transaction (P12). Any other
+        context in which this code happens to run is left alone.
+
+        Raises:
+            ForeignLoopError: the test's context, which is to be joined, belongs to another event loop.
+        """
+        unit = cls(policy, label)
+        if _context.any_test_unit():
+            unit._join()
+        unit._token = _context.current.set(unit)
+        return unit
+
+    async def head(self, status: int) -> None:
+        """Commit or roll back before the head of a response leaves (P3, P4).
+
+        Only the first decision counts. If the commit fails its error is raised, everything is rolled back, and the unit is
+        ready for the answer of an error handler, whose own head decides again.
+        """
+        if self.phase is not Phase.HANDLER:
+            return
+        commits = self.policy.commits(status)
+        if self.slots or self._on_commit or self._opening or self.borrowed:
+            await self._decide(commits, keep=commits)
+        self._commits = commits
+        self.phase = Phase.STREAM
+        if self._ahead:
+            self._merge_ahead()
+
+    async def end_of_body(self) -> None:
+        """Commit what the body has written, before its last byte leaves (P5).
+
+        Raises:
+            Exception: that of the commit; the last byte must then not leave.
+        """
+        if self.phase is not Phase.STREAM:
+            return
+        if self.slots or self._on_commit or self._opening or self.borrowed:
+            await self._decide(self._commits)
+            await self._end_slots()
+        self.phase = Phase.BACKGROUND
+
+    def disconnected(self) -> None:
+        """Note that the client left: a body that was not finished is rolled back (P5).
+
+        Before the head it means nothing, the handler may run to its end and commit; after the last byte it is no failure.
+        """
+        if self.phase is not Phase.STREAM:
+            return
+        self.phase = Phase.BACKGROUND
+        self._on_commit = None
+        if self.slots:
+            doomed = list(self.slots.values())
+            self.slots = {}
+            self._cleaning = hold(_clean_up(doomed))
+
+    async def close(self, exc: BaseException | None = None) -> None:
+        """End the unit: commit background work that succeeded, roll everything else back, close all sessions (P6, P8).
+
+        Args:
+            exc: the exception that ended the request, which the caller goes on raising; errors in clean-up become its notes.
+
+        Raises:
+            Exception: that of a commit of background work, unless `exc` was given.
+        """
+        if self.phase is Phase.CLOSED:
+            return
+        try:
+            if self._has_work():
+                await self._close(self.phase is Phase.BACKGROUND and exc is None, exc)
+        finally:
+            self._leave()
+
+    async def finish(self) -> None:
+        """Commit everything and end the unit: the good end of a unit that answers no request (P11).
+
+        Raises:
+            Exception: that of the commit; everything is then rolled back.
+        """
+        try:
+            await self._close(True, None)
+        finally:
+            self._leave()
+
+    def close_with(self, task: "asyncio.Task[Any]") -> None:
+        """Close the unit when this task is done, for frameworks that offer no place to await it.
+
+        `DBConnect.close()` waits for the clean-up.
+        """
+        task.add_done_callback(self._close_after)
+
+    # For the rest of the core
+
+    def on_commit(self, callback: Callback) -> None:
+        """Run this when the unit has committed everything (P14)."""
+        if self._on_commit is None:
+            self._on_commit = []
+        self._on_commit.append(callback)
+
+    async def run_callback(self, callback: Callback) -> None:
+        """Run a callback in a unit of its own; its error is logged and changes nothing else (P14)."""
+        try:
+            async with new_unit():
+                result = callback()
+                if inspect.isawaitable(result):
+                    await result
+        except Exception:
+            logger.exception("An error in an on_commit callback")
+
+    async def commit(self) -> None:
+        """Commit every session, by hand."""
+        await self._decide(True)
+
+    async def roll_back(self) -> None:
+        """Roll every session back, by hand."""
+        await self._decide(False)
+
+    # Opening
+
+    def _join(self) -> None:
+        test = _context.test_unit()
+        if test.phase is Phase.CLOSED:
+            return
+        if test.loop is not asyncio.get_running_loop():
+            raise ForeignLoopError(
+                "a test context is open, and this application runs in another event loop, where the test's connection cannot be "
+                "used: call it through httpx.ASGITransport(app) in the test's own loop, or test with real commits"
+            )
+        here = _context.current.get()
+        self.joined = True
+        self.parent = here if here is not None and here.phase is not Phase.CLOSED and (here.joined or here.joinable) else test
+
+    # Ending
+
+    async def _decide(self, commits: bool, *, keep: bool = False) -> None:
+        await self._opened()
+        slots = self._own()
+        callbacks, self._on_commit = self._on_commit, None
+        if not commits:
+            await _commit.roll_back(slots)
+            return
+        await _commit.commit(slots, keep=keep)
+        for slot in (self.borrowed or {}).values():
+            await slot.flush()  # P12: a session of the test is flushed, and left to the test
+        if callbacks:
+            await settle(lambda: self._run_callbacks(callbacks))
+
+    async def _run_callbacks(self, callbacks: list[Callback]) -> None:
+        for callback in callbacks:
+            await self.run_callback(callback)
+
+    async def _end_slots(self, cause: BaseException | None = None) -> None:
+        slots, self.slots = self._own(), {}
+        await _commit.end(slots, cause)
+
+    async def _close(self, commits: bool, exc: BaseException | None) -> None:
+        if exc is not None:
+            _commit.explain(exc)
+        error: BaseException | None = None
+        try:
+            if commits:
+                await self._decide(True)
+        except BaseException as failed:
+            error = failed
+        self.phase = Phase.CLOSED
+        _commit.refuse(self._own())
+        try:
+            await settle(lambda: self._clean_up(exc or error), again=True)
+        except asyncio.CancelledError:
+            if error is None:
+                raise
+        if error is not None:
+            raise error
+
+    async def _clean_up(self, cause: BaseException | None) -> None:
+        if self._ahead:
+            for key, slot in self._ahead.items():
+                self.slots[f"{key} ahead"] = slot
+            self._ahead = None
+        if self._opening:
+            for task in tuple(self._opening.values()):
+                task.cancel()
+            await asyncio.wait(tuple(self._opening.values()))
+        slots = self._own()
+        await _commit.roll_back(slots, cause)
+        self.slots = {}
+        await _commit.end(slots, cause)
+        if self._cleaning is not None:
+            await asyncio.wait((self._cleaning,))
+
+    def _leave(self) -> None:
+        self.phase = Phase.CLOSED
+        token, self._token = self._token, None
+        if token is not None:
+            with suppress(ValueError):  # closed from another context, whose variable was never this unit
+                _context.current.reset(token)
+
+    def _close_after(self, task: "asyncio.Task[Any]") -> None:
+        exc: BaseException | None = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self._has_work():
+            hold(self.close(exc))
+        else:
+            self._leave()
+
+    def _has_work(self) -> bool:
+        return bool(self.slots or self._on_commit or self._opening or self._ahead or self._cleaning or self.borrowed)
+
+
+async def _clean_up(slots: list[Slot]) -> None:
+    """Roll back what a body left unfinished; a statement that is being cancelled gets the time to end well (P7)."""
+    for slot in slots:
+        slot.refuse(f"{slot.connect!r}: the client has left, the body of this response was given up")
+        await slot.idle(slot.connect.cleanup_timeout)
+    await _commit.roll_back(slots)
+    await _commit.end(slots)
+
+
+@asynccontextmanager
+async def new_unit(policy: Policy = DEFAULT_POLICY, options: Mapping[str, Any] | None = None) -> AsyncIterator[Unit]:
+    """Open a unit for a block: committed at its end, rolled back on an error (P11)."""
+    unit = Unit.enter(policy)
+    unit.options = options
+    try:
+        yield unit
+    except BaseException as exc:
+        await unit.close(exc)
+        raise
+    await unit.finish()

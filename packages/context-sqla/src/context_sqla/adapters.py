@@ -1,0 +1,85 @@
+"""The door for adapters: everything that an adapter of a framework needs, and nothing else.
+
+An adapter translates the life of a request into the calls of one object. For a framework that lets it wrap the sending of the
+response:
+
+    unit = Unit.enter(policy, label)
+    error = None
+    try:
+        ...                         # run the application; on the way out:
+        await unit.head(status)     #   just before the head leaves
+        await unit.end_of_body()    #   just before the last byte leaves
+        unit.disconnected()         #   when the client has left
+    except BaseException as exc:
+        error = exc
+        raise
+    finally:
+        await unit.close(error)
+
+Where the framework's end of a request is synchronous, `unit.close_with(task)` once after `enter` takes the place of `close`.
+What commits, what rolls back and how it is cleaned up is the unit's affair.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ._connect import DBConnect
+from ._context import current
+from ._policy import BeforeCommitCallback, Policy
+from ._unit import Phase, Unit
+from .errors import UnavailableError
+
+__all__ = [
+    "AsyncSession",
+    "BeforeCommitCallback",
+    "Phase",
+    "Policy",
+    "Unit",
+    "close_connects",
+    "hidden_unit",
+    "retry_after_header",
+]
+
+
+async def close_connects(*connects: DBConnect[AsyncSession]) -> None:
+    """Close every connect, then raise the first error.
+
+    Args:
+        connects: all that the application uses.
+    """
+    errors: list[Exception] = []
+    for connect in connects:
+        try:
+            await connect.close()
+        except Exception as exc:
+            errors.append(exc)
+    if errors:
+        for other in errors[1:]:
+            errors[0].add_note(f"closing another connect failed as well: {type(other).__name__}: {other}")
+        raise errors[0]
+
+
+def retry_after_header(exc: UnavailableError) -> str:
+    """Return the value of the Retry-After header for a 503: whole seconds, at least one.
+
+    Args:
+        exc: the error that the answer is for.
+    """
+    return str(max(1, math.ceil(exc.retry_after or 1)))
+
+
+@contextmanager
+def _hidden() -> Iterator[None]:
+    token = current.set(None)
+    try:
+        yield
+    finally:
+        current.reset(token)
+
+
+def hidden_unit() -> AbstractContextManager[None]:
+    """Return a context manager inside which no unit is current: for websocket and lifespan scopes (P11)."""
+    return _hidden()

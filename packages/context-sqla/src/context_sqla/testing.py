@@ -1,0 +1,179 @@
+"""For the tests of an application: let it work in a transaction of the test, which is rolled back at the end (P12).
+
+@pytest_asyncio.fixture
+async def session():
+    async with rollback_session(db) as session:
+        yield session
+
+@pytest_asyncio.fixture(autouse=True)
+async def shared_transaction(session):
+    async with set_test_context(), put_savepoint_session_in_ctx(db, session):
+        yield
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+
+from . import _commit
+from ._connect import DBConnect
+from ._context import clear_test_context, current, set_test_unit
+from ._settle import settle
+from ._unit import Unit
+from .errors import ContextNotInitiatedError, SessionBusyError
+
+__all__ = ["put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
+
+S = TypeVar("S", bound=AsyncSession)
+
+
+@asynccontextmanager
+async def rollback_session(connect: DBConnect[S]) -> AsyncIterator[S]:
+    """Give a session whose work is always rolled back, also what it commits.
+
+    Args:
+        connect: the database.
+    """
+    host = await connect.choose_host() if connect.before_create_session_handler is not None else None
+    member = connect.member(host)
+    async with member.engine.connect() as connection:
+        outer = await connection.begin()
+        session = _savepoint_session(member.maker, connection)
+        try:
+            yield session
+        finally:
+            await settle(session.close, again=True)
+            if outer.is_active:
+                await settle(outer.rollback, again=True)
+
+
+@asynccontextmanager
+async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:
+    """Open a unit of work for a test, which the requests and units of the application join (P12).
+
+    Args:
+        auto_close: commit at the end, or roll back on an error: for calling a function that uses `db_session` without a server.
+    """
+    unit = Unit()
+    unit.joinable = True
+    unit.loop = asyncio.get_running_loop()
+    token = current.set(unit)
+    set_test_unit(unit)
+    try:
+        yield
+    except BaseException as exc:
+        await unit.close(exc)
+        raise
+    else:
+        await (unit.finish() if auto_close else unit.close())
+    finally:
+        clear_test_context(unit)
+        current.reset(token)
+
+
+@asynccontextmanager
+async def put_savepoint_session_in_ctx(connect: DBConnect[S], session: S) -> AsyncIterator[S]:
+    """Let this connect's sessions work on the given session's connection, in savepoints instead of transactions (P12).
+
+    Gives the test's own session in the context. Every unit that the application opens has a session of its own; its commit
+    releases its savepoint. Savepoints are a stack: units that run at the same time use the connection one after the other.
+
+    Args:
+        connect: the database.
+        session: a session in a transaction that will be rolled back, such as that of `rollback_session`.
+
+    Raises:
+        ContextNotInitiatedError: there is no `set_test_context` around it.
+    """
+    unit: Unit | None = current.get()
+    if unit is None or not unit.joinable:
+        raise ContextNotInitiatedError("put_savepoint_session_in_ctx needs 'async with set_test_context():' around it")
+    maker = await connect.session_maker()
+    turns = Turns(connect, await session.connection(), maker, unit)
+    unit.turns = {**(unit.turns or {}), connect.context_key: turns}
+    slot = unit.put(connect, turns.new_session(), shared=True)
+    slot.take_turns(lambda: turns.check(unit))
+    try:
+        yield slot.session  # type: ignore[misc]
+    finally:
+        unit.turns.pop(connect.context_key, None)
+        if unit.slots.pop(connect.context_key, None) is slot:
+            await _commit.end([slot])
+
+
+class Turns:
+    """Who may use a test's connection now: a stack of units, each inside the one below it."""
+
+    def __init__(self, connect: DBConnect[Any], connection: AsyncConnection, maker: async_sessionmaker[Any], unit: Unit) -> None:
+        self._connect = connect
+        self._connection = connection
+        self._maker = maker
+        self._stack = [unit]
+        self._changed = asyncio.Event()
+
+    @property
+    def host(self) -> str:
+        """The host that the sessions report."""
+        return self._connect.host or ""
+
+    def new_session(self) -> AsyncSession:
+        """Make a session whose transactions are savepoints."""
+        session: AsyncSession = _savepoint_session(self._maker, self._connection)
+        return session
+
+    async def take(self, unit: Unit) -> None:
+        """Wait until no unit but this one's own parents has the connection, then have it."""
+        try:
+            async with asyncio.timeout(self._connect.drain_timeout):
+                while not (_is_inside(unit, self._stack[-1]) and await self._flushed()):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise self._busy() from None
+        self._stack.append(unit)
+
+    async def _flushed(self) -> bool:
+        """Send what the unit on top has pending, before a savepoint inside its own; False if it lost its place meanwhile."""
+        top = self._stack[-1]
+        slot = top.slots.get(self._connect.context_key)
+        if slot is not None and slot.dirty:
+            await slot.flush()
+        return self._stack[-1] is top
+
+    def give_back(self, unit: Unit) -> None:
+        """Let the next one have the connection."""
+        if unit in self._stack:
+            self._stack.remove(unit)
+        self._changed.set()
+
+    def check(self, unit: Unit) -> None:
+        """Raise if another unit, opened inside this one, has the connection now."""
+        if self._stack[-1] is not unit:
+            raise self._busy()
+
+    def _busy(self) -> SessionBusyError:
+        return SessionBusyError(
+            f"{self._connect!r}: another unit has the test's connection. In a test that shares one transaction, units end in the "
+            "reverse order of their begin; a test of units that overlap needs real commits"
+        )
+
+
+def _is_inside(unit: Unit, other: Unit) -> bool:
+    parent = unit.parent
+    while parent is not None:
+        if parent is other:
+            return True
+        parent = parent.parent
+    return False
+
+
+def _savepoint_session(maker: async_sessionmaker[Any], connection: AsyncConnection) -> Any:
+    """Make a session on this connection, whatever the maker binds its sessions to."""
+    binds = dict.fromkeys(maker.kw.get("binds") or (), connection)
+    options: dict[str, Any] = {"bind": connection, "join_transaction_mode": "create_savepoint", "twophase": False}
+    if binds:
+        options["binds"] = binds
+    return maker(**options)
