@@ -32,8 +32,8 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
     for slot in slots:
         slot.seal()
     try:
-        await _prepare(working)
         committing = [slot for slot in working if not (keep and slot.kept)]
+        await _prepare(working, committing)
         if committing:
             await settle(lambda: _commit_all(committing))
     except BaseException as exc:
@@ -68,7 +68,7 @@ def refuse(slots: Sequence[Slot]) -> None:
             slot.refuse(f"{slot.connect!r}: this session's unit of work has ended; {REMEDY}")
 
 
-async def _prepare(slots: Sequence[Slot]) -> None:
+async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
         if not await slot.idle(slot.connect.cleanup_timeout):
@@ -79,7 +79,7 @@ async def _prepare(slots: Sequence[Slot]) -> None:
             )
     for slot in slots:
         await slot.flush()
-    for slot in slots:
+    for slot in committing:
         if not slot.hooked:
             await slot.ask_hooks()
             await slot.flush()

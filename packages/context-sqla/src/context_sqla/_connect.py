@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast, overload
 
-from sqlalchemy import make_url, select
+from sqlalchemy import select
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -157,8 +157,7 @@ class DBConnect(Generic[S]):
             DriverError: the driver is unknown, not asynchronous or not installed.
             ValueError: the host is empty.
         """
-        parsed = make_url(url)
-        _drivers.load(parsed)
+        parsed = _drivers.parse(url)
         own = _host_of(parsed)
         settings = dict(session_options or {})
         settings.setdefault("expire_on_commit", False)
@@ -257,7 +256,7 @@ class DBConnect(Generic[S]):
             return
         if not await here.drained(self.drain_timeout):
             logger.warning("%r: closed while %d units were still running", self, len(here.active))
-        await here.shut(self.cleanup_timeout, keep_adopted=True)
+        await here.shut(self.cleanup_timeout)
 
     async def ping(self, timeout: float = 1.0) -> None:
         """Ask the database for an answer, for a readiness probe (P16).
@@ -282,7 +281,8 @@ class DBConnect(Generic[S]):
         if not done:
             for driver in reached:
                 _drivers.cut(driver)
-            task.cancel()
+            if not reached:
+                task.cancel()
             raise UnavailableError(f"{self!r}: no answer within {timeout:g} s", retry_after=1)
         if (error := task.result()) is not None:
             raise UnavailableError(f"{self!r}: {type(error).__name__}", retry_after=1) from error

@@ -112,6 +112,7 @@ class Container:
     def put(self, connect: DBConnect[Any], session: AsyncSession, *, shared: bool = False, host: str | None = None) -> Slot:
         """Make a session that exists the unit's own."""
         slot = self._slot_for(connect, session, host or connect.host or "", shared=shared)
+        slot.foreign = not shared
         self.slots[connect.context_key] = slot
         return slot
 

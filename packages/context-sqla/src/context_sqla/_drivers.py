@@ -9,12 +9,12 @@ import os
 import socket
 from typing import Any
 
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from .errors import DriverError
 
-__all__ = ["cut", "drop", "in_transaction", "is_closed", "load", "survives_cancellation"]
+__all__ = ["cut", "discard", "drop", "in_transaction", "is_closed", "parse", "survives_cancellation"]
 
 _PACKAGES = {
     "aiomysql": "aiomysql",
@@ -37,8 +37,18 @@ _ASYNC_DRIVERS = {
 _SURVIVORS = frozenset({"aiosqlite", "asyncpg", "psycopg", "psycopg_async"})
 
 
-def load(url: URL) -> None:
-    """Import the driver of a URL, or raise a `DriverError` that says what to install or to write."""
+def parse(given: str | URL) -> URL:
+    """Parse a URL and import its driver, or raise a `DriverError` that says what to install or to write."""
+    try:
+        url = make_url(given)
+    except (ArgumentError, ValueError):
+        # P20: SQLAlchemy quotes the whole string, password and all.
+        raise ValueError("this is not a database URL; write for example 'postgresql+asyncpg://user@host/database'") from None
+    _load(url)
+    return url
+
+
+def _load(url: URL) -> None:
     backend = url.get_backend_name()
     try:
         dialect = url.get_dialect().get_async_dialect_cls(url)
@@ -98,6 +108,16 @@ def cut(connection: Any) -> None:
         closing = connection.close()
         if closing is not None:
             closing.close()
+
+
+def discard(connection: Any) -> None:
+    """End a connection that nobody uses, and free what it holds."""
+    if hasattr(connection, "pgconn"):
+        connection.pgconn.finish()
+    elif hasattr(connection, "stop"):
+        connection.stop()
+    else:
+        cut(connection)
 
 
 def drop(connection: Any) -> None:

@@ -48,12 +48,18 @@ class Watch:
         self.out: set[Any] = set()  # the pool's records of the connections in use
         self.retired = False  # connections are closed as they come back
 
-    def cut_all(self) -> int:
-        """Cut every connection, in use or not, and return how many there were."""
-        drivers = self._drivers()
-        for driver in drivers:
+    def cut_all(self) -> None:
+        """Cut every connection, in use or not."""
+        for driver in self._drivers():
             _drivers.cut(driver)
-        return len(drivers)
+
+    def abort(self) -> int:
+        """Cut the connections in use, discard the idle ones, and return how many there were."""
+        everything = self.open
+        self.open = {id(dbapi): dbapi for record in self.out if (dbapi := record.dbapi_connection) is not None}
+        for key, dbapi in everything.items():
+            (_drivers.cut if key in self.open else _drivers.discard)(dbapi.driver_connection)
+        return len(everything)
 
     def drop_all(self) -> None:
         """Close every connection of an event loop that is gone."""

@@ -3,31 +3,36 @@
 Sessions that are in no unit are passed over.
 """
 
-from typing import cast
-
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._engines import KEY
-from ._slot import Slot
+from ._slot import Refusal, Slot
 from .errors import ContextClosedError
 
 
 def _slot_of(session: Session) -> Slot | None:
-    return cast("Slot | None", session.info.get(KEY))
+    slot = session.info.get(KEY)
+    return slot if isinstance(slot, Slot) else None
 
 
 @event.listens_for(Session, "after_begin")
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    if (slot := _slot_of(session)) is not None and not transaction.nested:
-        slot.began(connection)
+    slot = session.info.get(KEY)
+    if isinstance(slot, Slot):
+        if not transaction.nested:
+            slot.began(connection)
+    elif isinstance(slot, Refusal):
+        connection.close()  # it was being opened when the unit ended
+        raise ContextClosedError(slot.message)
 
 
 @event.listens_for(Session, "before_attach")
 def _before_attach(session: Session, instance: object) -> None:
-    if (slot := _slot_of(session)) is not None and slot.ended is not None:
-        raise ContextClosedError(slot.ended)
+    refusal = session.info.get(KEY)
+    if isinstance(refusal, Refusal):
+        raise ContextClosedError(refusal.message)
 
 
 @event.listens_for(Session, "before_commit")

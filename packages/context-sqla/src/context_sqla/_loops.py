@@ -74,12 +74,14 @@ class LoopState:
         self.active.discard(slot)
         if not self.active and self._drained is not None:
             self._drained.set()
+            self._drained = None
 
     async def drained(self, timeout: float) -> bool:
         """Wait until no unit is running, and return whether that came true in time."""
         if not self.active:
             return True
-        self._drained = asyncio.Event()
+        if self._drained is None:
+            self._drained = asyncio.Event()
         try:
             async with asyncio.timeout(timeout):
                 await self._drained.wait()
@@ -114,22 +116,24 @@ class LoopState:
                 self.retire(member, connect.cleanup_timeout)
         self.sweep_later(connect)
 
-    async def shut(self, cleanup_timeout: float, *, keep_adopted: bool) -> None:
-        """Close every engine of this loop."""
+    async def shut(self, cleanup_timeout: float, *, for_good: bool = False) -> None:
+        """Close every engine of this loop; for good means that the loop ends, and takes what is adopted or in use along."""
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
         members = [*self.members.values(), *self.retiring]
         self.members.clear()
         for member in members:
-            if not (member.adopted and keep_adopted):
+            if for_good or not member.adopted:
                 await member.dispose(cleanup_timeout)
+            if for_good:
+                member.watch.cut_all()
 
     async def _until_the_loop_ends(self, cleanup_timeout: float) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await self.shut(cleanup_timeout, keep_adopted=False)
+            await self.shut(cleanup_timeout, for_good=True)
 
 
 class Loops:
@@ -203,7 +207,7 @@ _abandoned: list[Any] = []  # never collected: a finalizer would close what the 
 
 
 def _abort(member: Member) -> int:
-    count = member.watch.cut_all()
+    count = member.watch.abort()
     member.engine.sync_engine.dispose(close=False)  # the next session connects anew
     return count
 

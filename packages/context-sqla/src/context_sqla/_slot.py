@@ -18,7 +18,7 @@ from ._policy import Policy
 from ._settle import logger, settle
 from .errors import ContextClosedError, SessionBusyError, _outcome_of
 
-__all__ = ["Slot"]
+__all__ = ["Refusal", "Slot"]
 
 Callback: TypeAlias = Callable[[], Awaitable[Any] | Any]
 Prepared: TypeAlias = list[tuple[AsyncEngine, str, Line]]
@@ -35,6 +35,17 @@ class Owner(Protocol):
     async def run_callback(self, callback: Callback) -> None:
         """Run one on-commit callback in a unit of its own."""
         ...
+
+
+class Refusal:
+    """What a session carries whose unit has ended (P10)."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def get_bind(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse every statement."""
+        raise ContextClosedError(self.message)
 
 
 class Slot:
@@ -65,6 +76,7 @@ class Slot:
         self.before_commit = owner.policy.before_commit
         self.shared = shared
         self.lines: list[tuple[Connection, Line]] = []
+        self.foreign = False  # put into the unit by hand
         self.kept = False  # P5: the transaction goes on after the head
         self.ended: str | None = None
         self.hooked = False  # the before-commit hooks have run for this transaction
@@ -210,7 +222,7 @@ class Slot:
         try:
             await self.session.invalidate()
         except ResourceClosedError:
-            pass  # `began` was quicker
+            pass  # `_after_begin` was quicker
         except Exception:
             if not self.busy:
                 logger.exception("%r: a connection that was cut could not be invalidated", self.connect)
@@ -236,9 +248,11 @@ class Slot:
             self.forget()
 
     def refuse(self, message: str) -> None:
-        """Let the session take nothing any more."""
+        """Let the session take nothing any more, and forget this slot (a cycle would keep both from being freed)."""
         self.ended = message
-        self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
+        refusal = Refusal(message)
+        self.sync.info[KEY] = refusal
+        self.sync.get_bind = refusal.get_bind  # type: ignore[method-assign]
 
     def let_go(self) -> None:
         """Leave the session to somebody else, as it is."""
@@ -258,7 +272,7 @@ class Slot:
     async def _close(self) -> None:
         if self.busy:
             await self.abandon("it was closed while this statement was running")
-            if self.busy:  # a connection is still being opened: `began` refuses it when it is there
+            if self.busy:  # a connection is still being opened: `_after_begin` refuses it when it is there
                 return
         self.arm(self.connect.cleanup_timeout)
         try:
@@ -270,8 +284,6 @@ class Slot:
             self.disarm()
 
     def _get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        if self.ended is not None:
-            raise ContextClosedError(self.ended)
         if self._owner is not None and asyncio.current_task() is not self._owner:
             raise SessionBusyError(
                 f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
@@ -331,9 +343,6 @@ class Slot:
 
     def began(self, connection: Connection) -> None:
         """Note the connection of a transaction that begins."""
-        if self.ended is not None:
-            connection.close()
-            raise ContextClosedError(self.ended)
         if (line := line_of(connection)) is not None:
             self.lines.append((connection, line))
         seconds = self.connect.warn_held_after

@@ -31,11 +31,12 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
-    __slots__ = ("_cleaning", "_commits", "_on_commit", "_token")
+    __slots__ = ("_broken", "_cleaning", "_commits", "_on_commit", "_token")
 
     def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         super().__init__(policy, label)
         self._commits = True
+        self._broken: BaseException | None = None
         self._on_commit: list[Callback] | None = None
         self._cleaning: asyncio.Task[None] | None = None
         self._token: Token[Any] | None = None
@@ -80,8 +81,14 @@ class Unit(Container):
         """
         if self.phase is not Phase.STREAM:
             return
+        if self._broken is not None:
+            raise self._broken  # whoever swallowed it the first time must not complete the response
         if self.slots or self._on_commit or self._opening or self.borrowed:
-            await self._decide(self._commits)
+            try:
+                await self._decide(self._commits)
+            except BaseException as exc:
+                self._broken = exc
+                raise
             await self._end_slots()
         self.phase = Phase.BACKGROUND
 
@@ -235,6 +242,7 @@ class Unit(Container):
 
     def _leave(self) -> None:
         self.phase = Phase.CLOSED
+        self._broken = None
         token, self._token = self._token, None
         if token is not None:
             with suppress(ValueError):  # closed from another context, whose variable was never this unit

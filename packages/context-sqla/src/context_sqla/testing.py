@@ -13,7 +13,7 @@ async def shared_transaction(session):
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
@@ -68,10 +68,13 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:
         await unit.close(exc)
         raise
     else:
+        if not auto_close:
+            _hand_back(unit)
         await (unit.finish() if auto_close else unit.close())
     finally:
         clear_test_context(unit)
-        current.reset(token)
+        with suppress(ValueError):  # a fixture may be torn down in another context than it was set up in
+            current.reset(token)
 
 
 @asynccontextmanager
@@ -159,6 +162,14 @@ class Turns:
             f"{self._connect!r}: another unit has the test's connection. In a test that shares one transaction, units end in the "
             "reverse order of their begin; a test of units that overlap needs real commits"
         )
+
+
+def _hand_back(unit: Unit) -> None:
+    """Leave the sessions that the test had put into the unit to the test."""
+    for key, slot in list(unit.slots.items()):
+        if slot.foreign:
+            del unit.slots[key]
+            slot.let_go()
 
 
 def _is_inside(unit: Unit, other: Unit) -> bool:
