@@ -223,8 +223,7 @@ def init_db_session_ctx(force: bool = False) -> Token[Any]:
     """
     if not force and is_context_initiated():
         raise ContextAlreadyInitiatedError("a unit of work is open here already; pass force=True for one inside it")
-    token: Token[Any] = current.set(Unit())
-    return token
+    return Unit().make_current()
 
 
 def is_context_initiated() -> bool:
@@ -234,20 +233,24 @@ def is_context_initiated() -> bool:
 
 
 async def reset_db_session_ctx(token: Token[Any], with_close: bool = True) -> None:
-    """End a unit that was opened by hand.
+    """End a unit that was opened by hand, and those that were opened inside it and not ended.
 
     Args:
         token: what `init_db_session_ctx` returned.
         with_close: close its sessions, rolling back what is not committed; otherwise they are left to the caller.
+
+    Raises:
+        ContextNotInitiatedError: called outside every unit of work.
     """
-    unit = _unit(None)
-    try:
+    _unit(None)
+    outer = None if token.old_value is Token.MISSING else token.old_value
+    while (unit := current.get()) is not None and unit is not outer:
         if with_close:
             await unit.close()
         else:
-            unit.phase = Phase.CLOSED
-    finally:
-        current.reset(token)
+            unit.leave()
+        if current.get() is unit:  # it was opened in another context
+            current.set(outer)
 
 
 def get_db_session_from_context(connect: DBConnect[S]) -> S | None:
@@ -294,10 +297,14 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
         ContextNotInitiatedError: called outside every unit of work.
     """
     unit = _unit(None)
-    if before_commit is not None:
-        for slot in unit.slots.values():
-            slot.before_commit = before_commit
-    await unit.commit()
+    before = [(slot, slot.before_commit) for slot in unit.slots.values()]
+    for slot, own in before:
+        slot.before_commit = before_commit or own
+    try:
+        await unit.commit()
+    finally:
+        for slot, own in before:
+            slot.before_commit = own
 
 
 async def rollback_all_sessions() -> None:

@@ -37,7 +37,7 @@ def db_context(*, before_commit: BeforeCommitCallback | None = None) -> Abstract
     return new_unit(Policy(before_commit=before_commit) if before_commit is not None else DEFAULT_POLICY)
 
 
-async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a coroutine function in a new unit of work with sessions of its own, committed or rolled back at its end (P18).
 
     Made for `asyncio.gather` and `TaskGroup`. Every argument goes to `fn`.
@@ -114,7 +114,7 @@ class Work(Generic[P, T_co]):
         self._how = how
         self._fn = fn
 
-    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T_co:
+    async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T_co:
         """Run the function in a unit of its own."""
         return await self._how.run(self._fn, args, kwargs)
 

@@ -54,7 +54,7 @@ class Unit(Container):
         unit = cls(policy, label)
         if _context.any_test_unit():
             unit._join()
-        unit._token = _context.current.set(unit)
+        unit.make_current()
         return unit
 
     async def head(self, status: int) -> None:
@@ -142,6 +142,18 @@ class Unit(Container):
         task.add_done_callback(self._close_after)
 
     # For the rest of the core
+
+    def make_current(self) -> Token[Any]:
+        """Let code from here on work in this unit."""
+        self._token = token = _context.current.set(self)
+        return token
+
+    def leave(self) -> None:
+        """End the unit and leave its sessions to the caller, as they are."""
+        slots, self.slots = self._own(), {}
+        for slot in slots:
+            slot.let_go()
+        self._leave()
 
     def on_commit(self, callback: Callback) -> None:
         """Run this when the unit has committed everything (P14)."""
