@@ -163,13 +163,7 @@ async def _on_commit_of_all():
     on_commit(list)
 
 
-async def _reset():
-    token = init_db_session_ctx()
-    await reset_db_session_ctx(token)
-    await reset_db_session_ctx(token)
-
-
-OF_ALL = [commit_all_sessions, rollback_all_sessions, close_all_sessions, lambda: auto_commit_by_status_code(200), _on_commit_of_all, _reset]
+OF_ALL = [commit_all_sessions, rollback_all_sessions, close_all_sessions, lambda: auto_commit_by_status_code(200), _on_commit_of_all]
 
 
 @pytest.mark.parametrize("ask", OF_ALL)

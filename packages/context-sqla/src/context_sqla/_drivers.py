@@ -7,6 +7,7 @@ correctness.
 import contextlib
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sqlalchemy.engine import URL, make_url
@@ -14,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from .errors import DriverError
 
-__all__ = ["cut", "discard", "drop", "in_transaction", "is_closed", "parse", "survives_cancellation"]
+__all__ = ["creator", "cut", "discard", "drop", "in_transaction", "is_closed", "parse", "survives_cancellation"]
 
 _PACKAGES = {
     "aiomysql": "aiomysql",
@@ -67,6 +68,18 @@ def _load(url: URL) -> None:
 def survives_cancellation(driver: str) -> bool:
     """Return whether a connection of this driver can be rolled back after a statement was cancelled (P7)."""
     return driver in _SURVIVORS
+
+
+def creator(dialect: Any) -> Callable[..., Awaitable[Any]] | None:
+    """Return the function with which this dialect opens connections, None where it is not known."""
+    dbapi = dialect.loaded_dbapi
+    if dialect.driver == "asyncpg":
+        found: Callable[..., Awaitable[Any]] = dbapi.asyncpg.connect
+        return found
+    if dialect.driver in ("psycopg", "psycopg_async"):
+        found = dbapi.psycopg.AsyncConnection.connect
+        return found
+    return None
 
 
 def in_transaction(connection: Any) -> bool:

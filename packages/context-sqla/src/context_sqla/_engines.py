@@ -4,6 +4,7 @@ All of it stands on SQLAlchemy's public events; an engine is watched once, howev
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from .errors import ContextClosedError, CursorClosedError
 __all__ = ["Line", "Watch", "line_of", "watch"]
 
 KEY = "context_sqla"
+_ABORTED = "the host was aborted while this connection was being opened"
 
 
 class Line:
@@ -38,12 +40,33 @@ class Line:
         self.cancelled = self.committing = False
 
 
+class Dial:
+    """Open connections in tasks that `Watch.abort` can end without cancelling whoever waits for them."""
+
+    def __init__(self, creator: Callable[..., Awaitable[Any]], dialling: set[asyncio.Task[Any]]) -> None:
+        self._creator = creator
+        self._dialling = dialling
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        task = asyncio.ensure_future(self._creator(*args, **kwargs))
+        self._dialling.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError as exc:
+            if exc.args == (_ABORTED,):
+                raise ConnectionAbortedError(_ABORTED) from None
+            raise
+        finally:
+            self._dialling.discard(task)
+
+
 class Watch:
     """The connections of one engine."""
 
-    __slots__ = ("__weakref__", "open", "out", "retired")
+    __slots__ = ("__weakref__", "dialling", "open", "out", "retired")
 
     def __init__(self) -> None:
+        self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
         self.open: dict[int, Any] = {}
         self.out: set[Any] = set()  # the pool's records of the connections in use
         self.retired = False  # connections are closed as they come back
@@ -54,12 +77,14 @@ class Watch:
             _drivers.cut(driver)
 
     def abort(self) -> int:
-        """Cut the connections in use, discard the idle ones, and return how many there were."""
+        """Cut the connections in use and those being opened, discard the idle ones, and return how many there were."""
+        for task in self.dialling:
+            task.cancel(_ABORTED)
         everything = self.open
         self.open = {id(dbapi): dbapi for record in self.out if (dbapi := record.dbapi_connection) is not None}
         for key, dbapi in everything.items():
             (_drivers.cut if key in self.open else _drivers.discard)(dbapi.driver_connection)
-        return len(everything)
+        return len(everything) + len(self.dialling)
 
     def drop_all(self) -> None:
         """Close every connection of an event loop that is gone."""
@@ -68,6 +93,45 @@ class Watch:
 
     def _drivers(self) -> list[Any]:
         return [dbapi.driver_connection for dbapi in list(self.open.values())]
+
+    def listen(self, engine: Engine) -> None:
+        """Follow the connections of an engine."""
+        for name, listener in (
+            ("do_connect", self._dial),
+            ("connect", self._connected),
+            ("close", self._gone),
+            ("close_detached", self._gone),
+            ("checkout", self._checked_out),
+            ("checkin", self._checked_in),
+            ("detach", self._detached),
+        ):
+            event.listen(engine, name, listener)
+
+    def _dial(self, dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> None:
+        creator = cparams.get("async_creator_fn") or _drivers.creator(dialect)
+        if creator is not None and not isinstance(creator, Dial):
+            cparams["async_creator_fn"] = Dial(creator, self.dialling)
+
+    def _connected(self, dbapi: Any, record: Any) -> None:
+        self.open[id(dbapi)] = dbapi
+
+    def _gone(self, dbapi: Any, *_: Any) -> None:
+        self.open.pop(id(dbapi), None)
+
+    def _checked_out(self, dbapi: Any, record: Any, proxy: Any) -> None:
+        self.out.add(record)
+        record.info[KEY] = Line(dbapi.driver_connection)
+
+    def _checked_in(self, dbapi: Any, record: Any) -> None:
+        self.out.discard(record)
+        record.info.pop(KEY, None)
+        # P7a: whatever went wrong before, an open transaction is never handed to the next request.
+        if dbapi is not None and (self.retired or _drivers.in_transaction(dbapi.driver_connection)):
+            record.invalidate()
+
+    def _detached(self, dbapi: Any, record: Any) -> None:
+        self.out.discard(record)
+        self._gone(dbapi)
 
 
 _watches: WeakKeyDictionary[Engine, Watch] = WeakKeyDictionary()
@@ -79,7 +143,7 @@ def watch(engine: AsyncEngine) -> Watch:
     found = _watches.get(sync_engine)
     if found is None:
         found = _watches[sync_engine] = Watch()
-        _listen_to_pool(sync_engine, found)
+        found.listen(sync_engine)
         _listen_to_connections(sync_engine)
         if sync_engine.dialect.name == "sqlite":
             event.listen(sync_engine, "begin", _begin_for_real)
@@ -92,39 +156,6 @@ def line_of(connection: Connection) -> Line | None:
         return None
     line: Line | None = connection.info.get(KEY)
     return line
-
-
-def _listen_to_pool(engine: Engine, seen: Watch) -> None:
-    def connect(dbapi: Any, record: Any) -> None:
-        seen.open[id(dbapi)] = dbapi
-
-    def gone(dbapi: Any, *_: Any) -> None:
-        seen.open.pop(id(dbapi), None)
-
-    def checkout(dbapi: Any, record: Any, proxy: Any) -> None:
-        seen.out.add(record)
-        record.info[KEY] = Line(dbapi.driver_connection)
-
-    def checkin(dbapi: Any, record: Any) -> None:
-        seen.out.discard(record)
-        record.info.pop(KEY, None)
-        # P7a: whatever went wrong before, an open transaction is never handed to the next request.
-        if dbapi is not None and (seen.retired or _drivers.in_transaction(dbapi.driver_connection)):
-            record.invalidate()
-
-    def detach(dbapi: Any, record: Any) -> None:
-        seen.out.discard(record)
-        gone(dbapi)
-
-    for name, listener in (
-        ("connect", connect),
-        ("close", gone),
-        ("close_detached", gone),
-        ("checkout", checkout),
-        ("checkin", checkin),
-        ("detach", detach),
-    ):
-        event.listen(engine, name, listener)
 
 
 def _listen_to_connections(engine: Engine) -> None:
