@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sqlite3
-from contextvars import Context
+from contextvars import Context, copy_context
 
 import pytest
 from context_sqla import (
@@ -507,38 +507,79 @@ async def test_unit_that_waits_for_its_turn_can_be_cancelled(db):
         assert await names(db) == ["holds", "next"]
 
 
+class Child:
+    """A unit that has the test's connection until it is told to go on."""
+
+    def __init__(self, db):
+        self.db = db
+        self.go_on = asyncio.Event()
+        self.reached = asyncio.Event()
+
+    async def start(self):
+        self.task = asyncio.create_task(run_in_new_ctx(self._work))
+        await asyncio.wait_for(self.reached.wait(), 10)
+
+    async def end(self):
+        self.go_on.set()
+        await asyncio.wait((self.task,))
+        return self.task.exception()
+
+    async def _work(self):
+        await insert(self.db, "child")
+        self.reached.set()
+        await asyncio.wait_for(self.go_on.wait(), 10)
+
+
 async def test_parent_cannot_use_the_connection_of_its_child(db):
     """A statement of the outer unit while the inner one has the connection would go into its savepoint: refused (P12)."""
-    reached = asyncio.Event()
-    go_on = asyncio.Event()
-
-    async def child():
-        await insert(db, "child")
-        reached.set()
-        await asyncio.wait_for(go_on.wait(), 10)
-
+    child = Child(db)
     async with shared(db):
         async with db_context():
             await insert(db, "before")
-            task = asyncio.create_task(run_in_new_ctx(child))
-            await asyncio.wait_for(reached.wait(), 10)
+            session = await db_session(db)
+            await child.start()
             with pytest.raises(SessionBusyError, match=r"'db'.*needs real commits"):
-                await insert(db, "meanwhile")
-            await rollback_db_session(db)
-            go_on.set()
-            await asyncio.wait((task,))
-        task.exception()
+                await session.execute(text("SELECT 1"))
+            error = await child.end()
+            await insert(db, "after")
+        assert error is None
+        assert await names(db) == ["after", "before", "child"]
 
 
 async def test_test_cannot_use_the_connection_of_a_unit(db):
-    """The same for the test's own session while a unit of the application is open (P12)."""
+    """The same for the test's session while a unit of the application is open (P12)."""
+    child = Child(db)
     async with shared(db):
-        async with db_context():
-            await insert(db, "a")
-            mine = asyncio.create_task(insert(db, "b"), context=Context())
-            await asyncio.wait((mine,))
-            assert isinstance(mine.exception(), ContextNotInitiatedError)
-        assert await names(db) == ["a"]
+        await insert(db, "before")
+        await child.start()
+        with pytest.raises(SessionBusyError, match=r"'db'.*needs real commits"):
+            await names(db)
+        error = await child.end()
+        assert error is None
+        assert await names(db) == ["before", "child"]
+
+
+@pytest.mark.parametrize("how", ["commit", "rollback", "error", "end"])
+async def test_parent_that_ends_before_its_child(databases, how):
+    """Savepoints are a stack: who would end below another unit waits or is refused, and nobody's rows are lost in silence (P12)."""
+    db = databases.connect(await databases.database("first"), "db", drain_timeout=0.05)
+    child = Child(db)
+    async with shared(db):
+        with contextlib.suppress(Boom, SessionBusyError):
+            async with db_context():
+                await insert(db, "parent")
+                await child.start()
+                if how == "commit":
+                    await commit_db_session(db)
+                elif how == "rollback":
+                    await rollback_db_session(db)
+                elif how == "error":
+                    raise Boom
+        error = await child.end()
+        assert error is None or isinstance(error, SessionBusyError)
+        assert ("child" in await names(db)) == (error is None)
+        await run_in_new_ctx(insert, db, "next")
+        assert "next" in await names(db)
 
 
 async def test_unit_whose_turn_never_comes(databases):
@@ -547,12 +588,10 @@ async def test_unit_whose_turn_never_comes(databases):
 
     async def outer():
         await insert(db, "outer")
-        await asyncio.create_task(run_in_new_ctx(insert, db, "inner"), context=outside)
+        await asyncio.create_task(run_in_new_ctx(insert, db, "inner"), context=beside)
 
     async with shared(db):
-        import contextvars
-
-        outside = contextvars.copy_context()
+        beside = copy_context()
         with pytest.raises(SessionBusyError, match=r"'db'.*real commits"):
             await run_in_new_ctx(outer)
         assert await names(db) == []

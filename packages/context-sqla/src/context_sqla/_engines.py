@@ -107,18 +107,18 @@ class Watch:
         ):
             event.listen(engine, name, listener)
 
-    def _dial(self, dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> None:
+    def _dial(self, dialect: Any, _record: Any, _cargs: Any, cparams: dict[str, Any]) -> None:
         creator = cparams.get("async_creator_fn") or _drivers.creator(dialect)
         if creator is not None and not isinstance(creator, Dial):
             cparams["async_creator_fn"] = Dial(creator, self.dialling)
 
-    def _connected(self, dbapi: Any, record: Any) -> None:
+    def _connected(self, dbapi: Any, _record: Any) -> None:
         self.open[id(dbapi)] = dbapi
 
     def _gone(self, dbapi: Any, *_: Any) -> None:
         self.open.pop(id(dbapi), None)
 
-    def _checked_out(self, dbapi: Any, record: Any, proxy: Any) -> None:
+    def _checked_out(self, dbapi: Any, record: Any, _proxy: Any) -> None:
         self.out.add(record)
         record.info[KEY] = Line(dbapi.driver_connection)
 
