@@ -559,9 +559,34 @@ async def test_test_cannot_use_the_connection_of_a_unit(db):
         assert await names(db) == ["before", "child"]
 
 
+async def _end(db, how):
+    if how == "commit":
+        await commit_db_session(db)
+    elif how == "rollback":
+        await rollback_db_session(db)
+    elif how == "error":
+        raise Boom
+
+
 @pytest.mark.parametrize("how", ["commit", "rollback", "error", "end"])
-async def test_parent_that_ends_before_its_child(databases, how):
-    """Savepoints are a stack: who would end below another unit waits or is refused, and nobody's rows are lost in silence (P12)."""
+async def test_parent_waits_for_its_child(db, how):
+    """A unit that was started and not awaited ends by itself: its parent's savepoint ends after it, and both rows are there (P12)."""
+    child = Child(db)
+    async with shared(db):
+        with contextlib.suppress(Boom):
+            async with db_context():
+                await insert(db, "parent")
+                await child.start()
+                asyncio.get_running_loop().call_soon(child.go_on.set)
+                await _end(db, how)
+        error = await child.end()
+        assert error is None
+        assert await names(db) == (["child", "parent"] if how in ("commit", "end") else [])
+
+
+@pytest.mark.parametrize("how", ["commit", "rollback", "error", "end"])
+async def test_parent_whose_child_does_not_end(databases, how):
+    """Savepoints are a stack: past ``drain_timeout`` one of the two is refused, and nobody's rows are lost in silence (P12)."""
     db = databases.connect(await databases.database("first"), "db", drain_timeout=0.05)
     child = Child(db)
     async with shared(db):
@@ -569,12 +594,7 @@ async def test_parent_that_ends_before_its_child(databases, how):
             async with db_context():
                 await insert(db, "parent")
                 await child.start()
-                if how == "commit":
-                    await commit_db_session(db)
-                elif how == "rollback":
-                    await rollback_db_session(db)
-                elif how == "error":
-                    raise Boom
+                await _end(db, how)
         error = await child.end()
         assert error is None or isinstance(error, SessionBusyError)
         assert ("child" in await names(db)) == (error is None)

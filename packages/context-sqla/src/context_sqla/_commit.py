@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _drivers
 from ._settle import logger, settle
-from ._slot import REMEDY, Prepared, Slot
+from ._slot import REAL_COMMITS, REMEDY, Prepared, Slot
 from .errors import SessionBusyError, _outcome_of
 
 __all__ = ["commit", "end", "explain", "refuse", "roll_back"]
@@ -26,6 +26,9 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
         slots: the sessions of the unit, in the order of their first use.
         keep: leave the transactions that asked for it open after their flush (P5).
     """
+    for slot in slots:
+        if slot.evicted is not None:
+            raise SessionBusyError(slot.evicted)
     working = [slot for slot in slots if slot.open]
     if not working:
         return
@@ -71,7 +74,9 @@ def refuse(slots: Sequence[Slot]) -> None:
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
-        if not await slot.idle(slot.connect.cleanup_timeout):
+        if not await slot.idle(slot.patience):
+            if slot.place is not None:
+                raise SessionBusyError(f"{slot.connect!r}: a unit inside this one still has the connection; {REAL_COMMITS}")
             await settle(lambda slot=slot: slot.abandon("a statement was still running at its commit"))  # type: ignore[misc]
             raise SessionBusyError(
                 f"{slot.connect!r}: a statement was still running {slot.connect.cleanup_timeout:g} s after its unit wanted to "

@@ -109,10 +109,10 @@ class Container:
                 slot = await self._open_once(connect, slots)
         return slot
 
-    def put(self, connect: DBConnect[Any], session: AsyncSession, *, shared: bool = False, host: str | None = None) -> Slot:
+    def put(self, connect: DBConnect[Any], session: AsyncSession, *, host: str | None = None) -> Slot:
         """Make a session that exists the unit's own."""
-        slot = self._slot_for(connect, session, host or connect.host or "", shared=shared)
-        slot.foreign = not shared
+        slot = self._slot_for(connect, session, host or connect.host or "")
+        slot.foreign = True
         self.slots[connect.context_key] = slot
         return slot
 
@@ -172,10 +172,9 @@ class Container:
             return slot
         if self.options:
             raise UnsupportedOptionError(f"{connect!r}: {', '.join(self.options)} cannot be set inside the transaction of a test")
-        await turn.take(self)
-        slot = self.put(connect, turn.new_session(), shared=True, host=turn.host)
-        slot.take_turns(lambda: turn.check(self))
-        slot.on_end = lambda: turn.give_back(self)
+        place = await turn.take(self)
+        slot = self.put(connect, turn.new_session(), host=turn.host)
+        slot.share(place)
         return slot
 
     def _test(self) -> "Container":
@@ -191,13 +190,13 @@ class Container:
             check_options(connect, session, self.options)
         else:
             session = member.maker()
-        slot = self._slot_for(connect, session, member.host, shared=False)
+        slot = self._slot_for(connect, session, member.host)
         if not self.joinable:
             connect.entered(slot)
         return slot
 
-    def _slot_for(self, connect: DBConnect[Any], session: AsyncSession, host: str, *, shared: bool) -> Slot:
-        slot = Slot(connect, session, host, self, shared=shared)
+    def _slot_for(self, connect: DBConnect[Any], session: AsyncSession, host: str) -> Slot:
+        slot = Slot(connect, session, host, self)
         if self._waiting is not None:
             for callback in self._waiting.pop(connect.context_key, ()):
                 slot.on_commit(callback)

@@ -22,6 +22,10 @@ __all__ = ["Refusal", "Slot"]
 
 Callback: TypeAlias = Callable[[], Awaitable[Any] | Any]
 Prepared: TypeAlias = list[tuple[AsyncEngine, str, Line]]
+REAL_COMMITS = (
+    "in a test that shares one transaction, units end in the reverse order of their begin: a test of units that overlap needs "
+    "real commits"
+)
 REMEDY = "ask db_session() where the work is done, inside 'async with db_context():' or run_in_new_ctx()"
 
 
@@ -34,6 +38,22 @@ class Owner(Protocol):
 
     async def run_callback(self, callback: Callback) -> None:
         """Run one on-commit callback in a unit of its own."""
+        ...
+
+
+class Place(Protocol):
+    """A unit's place in the transaction of a test, which is a stack of savepoints (P12)."""
+
+    def is_taken(self) -> bool:
+        """Return whether a unit inside this one has the connection now."""
+        ...
+
+    async def clear(self) -> None:
+        """Evict the units inside this one."""
+        ...
+
+    def give_back(self) -> None:
+        """Leave the stack."""
         ...
 
 
@@ -56,7 +76,6 @@ class Slot:
         session: the session.
         host: the host that was chosen for it.
         owner: the unit.
-        shared: the session works in the transaction of a test, on a connection that is not its own to cut.
     """
 
     def __init__(
@@ -65,8 +84,6 @@ class Slot:
         session: AsyncSession,
         host: str,
         owner: Owner,
-        *,
-        shared: bool = False,
     ) -> None:
         self.connect = connect
         self.session = session
@@ -74,7 +91,6 @@ class Slot:
         self.host = host
         self.owner = owner
         self.before_commit = owner.policy.before_commit
-        self.shared = shared
         self.lines: list[tuple[Connection, Line]] = []
         self.foreign = False  # put into the unit by hand
         self.kept = False  # P5: the transaction goes on after the head
@@ -82,13 +98,13 @@ class Slot:
         self.hooked = False  # the before-commit hooks have run for this transaction
         self.deferring = False  # a unit commits several sessions and runs what is due afterwards
         self.prepared: Prepared = []
-        self.on_end: Callable[[], None] | None = None
         self._callbacks: list[tuple[Callback, tuple[SessionTransaction, ...]]] = []
         self._due: list[Callback] = []
         self._committed = False
         self._limit: asyncio.TimerHandle | None = None
         self._held: asyncio.TimerHandle | None = None
-        self.turn: Callable[[], None] | None = None
+        self.place: Place | None = None  # in the transaction of a test
+        self.evicted: str | None = None  # a unit around it had to end first
         self._owner: asyncio.Task[Any] | None = None
         self.sync.info[KEY] = self
 
@@ -110,8 +126,20 @@ class Slot:
         for _, line in self.lines:
             if line.running:
                 return True
+        if self.place is not None and self.place.is_taken():
+            return True
         transaction = self.sync.get_nested_transaction() or self.sync.get_transaction()
         return getattr(transaction, "_current_fn", None) is not None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the session works on a connection that is not its own to cut."""
+        return self.place is not None
+
+    @property
+    def patience(self) -> float:
+        """How long the unit's end waits for what is still going on."""
+        return self.connect.drain_timeout if self.shared else self.connect.cleanup_timeout
 
     @property
     def failure(self) -> str | None:
@@ -143,13 +171,18 @@ class Slot:
     def unseal(self) -> None:
         """Take statements of every task again."""
         self._owner = None
-        if self.ended is None and self.turn is None:
+        if self.ended is None and self.place is None:
             self.sync.__dict__.pop("get_bind", None)
 
-    def take_turns(self, turn: Callable[[], None]) -> None:
-        """Ask this before every statement; it raises while another unit of a test has the connection."""
-        self.turn = turn
+    def share(self, place: Place) -> None:
+        """Work in the transaction of a test, on a connection that other units use too."""
+        self.place = place
         self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
+
+    async def evict(self) -> None:
+        """Give the savepoint up, because the one around it ends; this unit's later work and its commit are refused."""
+        self.evicted = f"{self.connect!r}: the unit around this one ended first; {REAL_COMMITS}"
+        await self.session.rollback()
 
     async def flush(self) -> None:
         """Send what is pending, so that its errors surface before anything is committed (P9)."""
@@ -202,7 +235,9 @@ class Slot:
         self.kept = False
         if not self.open:
             return
-        if self.busy or any(_drivers.is_closed(line.driver) for _, line in self.lines):
+        if self.place is not None:
+            await self._clear_place()
+        elif self.busy or any(_drivers.is_closed(line.driver) for _, line in self.lines):
             await self.abandon("it was rolled back while this statement was running")
             return
         self.arm(self.connect.cleanup_timeout)
@@ -213,6 +248,10 @@ class Slot:
             raise
         finally:
             self.disarm()
+
+    async def _clear_place(self) -> None:
+        if self.place is not None and not await self.idle(self.patience):
+            await self.place.clear()
 
     async def abandon(self, reason: str) -> None:
         """Give the connection up: cut it, let the statement that runs on it fail, and forget it."""
@@ -232,7 +271,7 @@ class Slot:
     def cut(self, reason: str) -> None:
         """End the connections of the open transaction now."""
         if self.shared:
-            return
+            return  # the connection is the test's
         for _, line in self.lines:
             line.ended = line.ended or reason
             _drivers.cut(line.driver)
@@ -265,12 +304,13 @@ class Slot:
         self.disarm()
         self._release()
         self.connect.left(self)
-        if self.on_end is not None:
-            self.on_end()
-            self.on_end = None
+        if self.place is not None:
+            self.place.give_back()
 
     async def _close(self) -> None:
-        if self.busy:
+        if self.place is not None:
+            await self._clear_place()
+        elif self.busy:
             await self.abandon("it was closed while this statement was running")
             if self.busy:  # a connection is still being opened: `_after_begin` refuses it when it is there
                 return
@@ -288,8 +328,8 @@ class Slot:
             raise SessionBusyError(
                 f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
             )
-        if self.turn is not None:
-            self.turn()
+        if self.evicted is not None or (self.place is not None and self.place.is_taken()):
+            raise SessionBusyError(self.evicted or f"{self.connect!r}: another unit has the test's connection; {REAL_COMMITS}")
         return type(self.sync).get_bind(self.sync, *args, **kwargs)
 
     # Limits in time

@@ -20,8 +20,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionm
 
 from . import _commit
 from ._connect import DBConnect
+from ._container import Container
 from ._context import clear_test_context, current, set_test_unit
 from ._settle import settle
+from ._slot import REAL_COMMITS, Slot
 from ._unit import Unit
 from .errors import ContextNotInitiatedError, SessionBusyError
 
@@ -97,8 +99,8 @@ async def put_savepoint_session_in_ctx(connect: DBConnect[S], session: S) -> Asy
     maker = await connect.session_maker()
     turns = Turns(connect, await session.connection(), maker, unit)
     unit.turns = {**(unit.turns or {}), connect.context_key: turns}
-    slot = unit.put(connect, turns.new_session(), shared=True)
-    slot.take_turns(lambda: turns.check(unit))
+    slot = unit.put(connect, turns.new_session(), host=turns.host)
+    slot.share(Place(turns, unit))
     try:
         yield slot.session  # type: ignore[misc]
     finally:
@@ -114,7 +116,7 @@ class Turns:
         self._connect = connect
         self._connection = connection
         self._maker = maker
-        self._stack = [unit]
+        self.stack: list[Container] = [unit]
         self._changed = asyncio.Event()
 
     @property
@@ -127,52 +129,70 @@ class Turns:
         session: AsyncSession = _savepoint_session(self._maker, self._connection)
         return session
 
-    async def take(self, unit: Unit) -> None:
+    async def take(self, unit: Container) -> "Place":
         """Wait until no unit but this one's own parents has the connection, then have it."""
         try:
             async with asyncio.timeout(self._connect.drain_timeout):
-                while not (_is_inside(unit, self._stack[-1]) and await self._flushed()):
+                while not (_is_inside(unit, self.stack[-1]) and await self._flushed()):
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            raise self._busy() from None
-        self._stack.append(unit)
+            raise SessionBusyError(f"{self._connect!r}: another unit has the test's connection; {REAL_COMMITS}") from None
+        self.stack.append(unit)
+        return Place(self, unit)
+
+    def slot_of(self, unit: Container) -> Slot | None:
+        """Return a unit's session on this connection."""
+        return unit.slots.get(self._connect.context_key)
 
     async def _flushed(self) -> bool:
         """Send what the unit on top has pending, before a savepoint inside its own; False if it lost its place meanwhile."""
-        top = self._stack[-1]
-        slot = top.slots.get(self._connect.context_key)
+        top = self.stack[-1]
+        slot = self.slot_of(top)
         if slot is not None and slot.dirty:
             await slot.flush()
-        return self._stack[-1] is top
+        return self.stack[-1] is top
 
-    def give_back(self, unit: Unit) -> None:
+    def remove(self, unit: Container) -> None:
         """Let the next one have the connection."""
-        if unit in self._stack:
-            self._stack.remove(unit)
+        if unit in self.stack[1:]:
+            self.stack.remove(unit)
         self._changed.set()
 
-    def check(self, unit: Unit) -> None:
-        """Raise if another unit, opened inside this one, has the connection now."""
-        if self._stack[-1] is not unit:
-            raise self._busy()
 
-    def _busy(self) -> SessionBusyError:
-        return SessionBusyError(
-            f"{self._connect!r}: another unit has the test's connection. In a test that shares one transaction, units end in the "
-            "reverse order of their begin; a test of units that overlap needs real commits"
-        )
+class Place:
+    """The place of one unit in the stack."""
+
+    def __init__(self, turns: Turns, unit: Container) -> None:
+        self._turns = turns
+        self._unit = unit
+
+    def is_taken(self) -> bool:
+        """Return whether a unit inside this one has the connection now."""
+        return self._turns.stack[-1] is not self._unit
+
+    async def clear(self) -> None:
+        """Evict the units inside this one, the innermost first."""
+        while self._unit in self._turns.stack and self.is_taken():
+            unit = self._turns.stack[-1]
+            self._turns.remove(unit)
+            if (slot := self._turns.slot_of(unit)) is not None:
+                await slot.evict()
+
+    def give_back(self) -> None:
+        """Leave the stack."""
+        self._turns.remove(self._unit)
 
 
 def _hand_back(unit: Unit) -> None:
     """Leave the sessions that the test had put into the unit to the test."""
     for key, slot in list(unit.slots.items()):
-        if slot.foreign:
+        if slot.foreign and not slot.shared:
             del unit.slots[key]
             slot.let_go()
 
 
-def _is_inside(unit: Unit, other: Unit) -> bool:
+def _is_inside(unit: Container, other: Container) -> bool:
     parent = unit.parent
     while parent is not None:
         if parent is other:
