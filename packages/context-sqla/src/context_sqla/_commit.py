@@ -12,7 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from . import _drivers
 from ._settle import logger, settle
 from ._slot import REAL_COMMITS, REMEDY, Prepared, Slot
-from .errors import SessionBusyError, _outcome_of
+from .errors import ContextSqlaError, SessionBusyError, _outcome_of
+
+_SHARED = ("another operation is in progress", "concurrent operations are not permitted", "Session is already flushing")
+_BACKEND = text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid")
 
 __all__ = ["commit", "end", "explain", "refuse", "roll_back"]
 
@@ -131,8 +134,8 @@ async def _roll_back_one(slot: Slot) -> None:
         await slot.rollback()
     finally:
         # P9: a prepared transaction outlives its connection, and SQLAlchemy passes over one that is dead.
-        if any(_drivers.is_closed(line.driver) for _, _, line in prepared):
-            await finish_prepared(slot, prepared, "ROLLBACK")
+        if any(_drivers.is_closed(each.line.driver) for each in prepared):
+            await _finish(slot, prepared, "ROLLBACK")
 
 
 async def _each(slots: Sequence[Slot], step: Any) -> list[tuple[Slot, Exception]]:
@@ -159,7 +162,7 @@ async def _prepare_two_phase(slot: Slot) -> None:
     for connection, line in slot.lines:
         transaction = connection.get_transaction()
         if isinstance(transaction, TwoPhaseTransaction):
-            slot.prepared.append((AsyncEngine(connection.engine), str(transaction.xid), line))
+            slot.prepared.append(Prepared(AsyncEngine(connection.engine), str(transaction.xid), line))
     slot.arm(slot.connect.commit_timeout)
     try:
         await slot.session.run_sync(lambda session: session.prepare())
@@ -177,9 +180,10 @@ async def _commit_prepared(slots: Sequence[Slot], done: list[Slot]) -> None:
         except Exception as exc:
             waiting = slot.take_callbacks()
             await slot.abandon("its COMMIT PREPARED failed")  # a rollback would undo what is decided
-            if not await finish_prepared(slot, prepared, "COMMIT"):
-                gids = ", ".join(repr(gid) for _, gid, _ in prepared)
-                exc.add_note(f"{slot.connect!r}: left behind as prepared transaction {gids}; decision: COMMIT (P9)")
+            try:
+                await _finish(slot, prepared, "COMMIT")
+            except ContextSqlaError as left:
+                exc.add_note(str(left))
                 errors.append(exc)
                 continue
             logger.warning("%r: COMMIT PREPARED was repeated on a fresh connection: %s", slot.connect, type(exc).__name__)
@@ -189,31 +193,39 @@ async def _commit_prepared(slots: Sequence[Slot], done: list[Slot]) -> None:
         raise errors[0]
 
 
-async def finish_prepared(slot: Slot, prepared: Prepared, decision: Literal["COMMIT", "ROLLBACK"]) -> bool:
-    """Finish prepared transactions on fresh connections within `commit_timeout`, and return whether all were."""
+async def _finish(slot: Slot, prepared: Sequence[Prepared], decision: Literal["COMMIT", "ROLLBACK"]) -> None:
+    """Finish prepared transactions on fresh connections within `commit_timeout`, or raise what names those left behind."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + slot.connect.commit_timeout
-    finished = True
-    for engine, gid, _ in prepared:
+    left: list[str] = []
+    for each in prepared:
         pause = 0.05
-        while not await _finish_once(engine, gid, decision, deadline - loop.time()):
+        while not await _finish_once(each, decision, deadline - loop.time()):
             if loop.time() + pause >= deadline:
-                logger.error("%r: prepared transaction %r is left behind; decision: %s", slot.connect, gid, decision)
-                finished = False
+                left.append(each.gid)
                 break
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 2)
-    return finished
+    if left:
+        gids = ", ".join(map(repr, left))
+        error = ContextSqlaError(f"{slot.connect!r}: prepared transaction {gids} is left behind; decision: {decision} (P9)")
+        logger.error("%s", error)
+        raise error
 
 
-async def _finish_once(engine: AsyncEngine, gid: str, decision: str, timeout: float) -> bool:
+async def _finish_once(prepared: Prepared, decision: str, timeout: float) -> bool:
+    working = False
     try:
-        async with asyncio.timeout(max(0.1, timeout)), engine.connect() as connection:
+        async with asyncio.timeout(max(0.1, timeout)), prepared.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
-            await connection.execute(text(f"{decision} PREPARED '{gid}'"))
+            if decision == "ROLLBACK":
+                # A PREPARE whose answer was lost may be carried out still, until its backend is gone.
+                found = await connection.execute(_BACKEND, {"pid": prepared.pid})
+                working = found.first() is not None
+            await connection.execute(text(f"{decision} PREPARED '{prepared.gid}'"))
     except DBAPIError as exc:
         # 42704: no such prepared transaction. An earlier attempt was carried out and only its answer was lost.
-        return getattr(exc.orig, "sqlstate", None) == "42704"
+        return getattr(exc.orig, "sqlstate", None) == "42704" and not working
     except (OSError, TimeoutError, SQLAlchemyError):
         return False
     return True
@@ -222,8 +234,10 @@ async def _finish_once(engine: AsyncEngine, gid: str, decision: str, timeout: fl
 def explain(exc: BaseException) -> None:
     """Add the remedy to SQLAlchemy's and asyncpg's complaints about two statements at once on one session (P2)."""
     text = str(exc)
-    shared = isinstance(exc, InvalidRequestError) and (exc.code == "isce" or "concurrent operations" in text)
-    if shared or "another operation is in progress" in text:
+    shared = isinstance(exc, InvalidRequestError) and (
+        exc.code == "isce" or "concurrent operations" in text or "already flushing" in text
+    )
+    if shared:
         exc.add_note(
             "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after "
             "the other, or give each its own with 'await run_in_new_ctx(fn, ...)'"

@@ -109,19 +109,6 @@ class DBConnect(Generic[S]):
         cls,
         url: str | URL,
         *,
-        host: str | None = None,
-        engine_options: Mapping[str, Any] | None = None,
-        session_options: Mapping[str, Any] | None = None,
-        before_create_session_handler: "Callable[[DBConnect[AsyncSession]], Awaitable[str | None]] | None" = None,
-        **options: Any,
-    ) -> "DBConnect[AsyncSession]": ...
-
-    @overload
-    @classmethod
-    def from_url(
-        cls,
-        url: str | URL,
-        *,
         session_class: type[S],
         host: str | None = None,
         engine_options: Mapping[str, Any] | None = None,
@@ -129,6 +116,19 @@ class DBConnect(Generic[S]):
         before_create_session_handler: "Callable[[DBConnect[S]], Awaitable[str | None]] | None" = None,
         **options: Any,
     ) -> "DBConnect[S]": ...
+
+    @overload
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        host: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        before_create_session_handler: "Callable[[DBConnect[AsyncSession]], Awaitable[str | None]] | None" = None,
+        **options: Any,
+    ) -> "DBConnect[AsyncSession]": ...
 
     @classmethod
     def from_url(
@@ -249,8 +249,10 @@ class DBConnect(Generic[S]):
             ContextSqlaError: called inside a unit that has a session of this connect.
         """
         unit = _context.current.get()
-        if unit is not None and not unit.joinable and unit.holds(self.context_key):
-            raise ContextSqlaError(f"{self!r}: close() inside a unit that uses it would wait for itself; call it at shutdown")
+        while unit is not None:
+            if not unit.joinable and unit.holds(self.context_key):
+                raise ContextSqlaError(f"{self!r}: close() inside a unit that uses it would wait for itself; call it at shutdown")
+            unit = unit.outer
         here = self._loops.find()
         if here is None:
             return

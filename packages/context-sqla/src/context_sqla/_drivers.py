@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from .errors import DriverError
 
-__all__ = ["creator", "cut", "discard", "drop", "in_transaction", "is_closed", "parse", "survives_cancellation"]
+__all__ = ["backend_pid", "creator", "cut", "discard", "drop", "in_transaction", "is_closed", "parse", "survives_cancellation"]
 
 _PACKAGES = {
     "aiomysql": "aiomysql",
@@ -94,6 +94,13 @@ def in_transaction(connection: Any) -> bool:
         return bool(getattr(connection, "in_transaction", False))  # aiosqlite
     except ValueError:
         return False
+
+
+def backend_pid(connection: Any) -> int:
+    """Return the number of the server process behind this connection, 0 where the driver does not know."""
+    if hasattr(connection, "get_server_pid"):  # asyncpg
+        return int(connection.get_server_pid())
+    return int(getattr(getattr(connection, "pgconn", None), "backend_pid", 0))
 
 
 def is_closed(connection: Any) -> bool:

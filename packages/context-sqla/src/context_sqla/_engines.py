@@ -24,7 +24,7 @@ _ABORTED = "the host was aborted while this connection was being opened"
 class Line:
     """The state of one connection of the driver, for as long as it is checked out."""
 
-    __slots__ = ("__weakref__", "cancelled", "committing", "driver", "ended", "failure", "running")
+    __slots__ = ("__weakref__", "cancelled", "committing", "driver", "ended", "expired", "failure", "running")
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -32,6 +32,7 @@ class Line:
         self.failure: str | None = None  # a statement failed in this transaction, and how
         self.cancelled = False  # ... because it was cancelled
         self.committing = False  # a COMMIT was sent
+        self.expired: str | None = None  # it was cut at a limit in time
         self.ended: str | None = None  # the unit cut this connection, and why
 
     def restart(self) -> None:
@@ -213,6 +214,9 @@ def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
         fetching = context.statement is None and context.execution_context is not None
         return _cursor_riddle() if fetching else None
     line.running.discard(context.execution_context)
+    if line.expired is not None:
+        (context.sqlalchemy_exception or context.original_exception).add_note(line.expired)
+        return None
     if context.statement is None and context.execution_context is None:
         return None  # BEGIN, COMMIT or ROLLBACK itself
     original = context.original_exception

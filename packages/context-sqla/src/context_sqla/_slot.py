@@ -18,15 +18,24 @@ from ._policy import Policy
 from ._settle import logger, settle
 from .errors import ContextClosedError, SessionBusyError, _outcome_of
 
-__all__ = ["Refusal", "Slot"]
+__all__ = ["Prepared", "Refusal", "Slot"]
 
 Callback: TypeAlias = Callable[[], Awaitable[Any] | Any]
-Prepared: TypeAlias = list[tuple[AsyncEngine, str, Line]]
 REAL_COMMITS = (
     "in a test that shares one transaction, units end in the reverse order of their begin: a test of units that overlap needs "
     "real commits"
 )
 REMEDY = "ask db_session() where the work is done, inside 'async with db_context():' or run_in_new_ctx()"
+
+
+class Prepared:
+    """A transaction that was, or may have been, prepared."""
+
+    def __init__(self, engine: AsyncEngine, gid: str, line: Line) -> None:
+        self.engine = engine
+        self.gid = gid
+        self.line = line
+        self.pid = _drivers.backend_pid(line.driver)
 
 
 class Owner(Protocol):
@@ -97,7 +106,7 @@ class Slot:
         self.ended: str | None = None
         self.hooked = False  # the before-commit hooks have run for this transaction
         self.deferring = False  # a unit commits several sessions and runs what is due afterwards
-        self.prepared: Prepared = []
+        self.prepared: list[Prepared] = []
         self._callbacks: list[tuple[Callback, tuple[SessionTransaction, ...]]] = []
         self._due: list[Callback] = []
         self._committed = False
@@ -340,7 +349,10 @@ class Slot:
         self._limit = asyncio.get_running_loop().call_later(seconds, self._expired, seconds)
 
     def _expired(self, seconds: float) -> None:
-        self.cut(f"{self.connect!r}: no answer within {seconds:g} s")
+        if not self.shared:
+            for _, line in self.lines:
+                line.expired = f"{self.connect!r}: no answer within {seconds:g} s, so the connection was cut"
+                _drivers.cut(line.driver)
 
     def disarm(self) -> None:
         """Forget the limit."""

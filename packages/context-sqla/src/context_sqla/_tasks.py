@@ -6,7 +6,7 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager
 from types import MethodType
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from sqlalchemy.exc import DBAPIError
 
@@ -18,6 +18,7 @@ from .errors import is_in_doubt
 __all__ = ["UnitOfWork", "Work", "db_context", "run_in_new_ctx", "unit_of_work"]
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -121,6 +122,14 @@ class Work(Generic[P, T_co]):
     def __await__(self) -> Generator[Any, None, T_co]:
         """Run the function without arguments."""
         return self._how.run(self._fn, (), {}).__await__()
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Work[P, T_co]": ...
+
+    @overload
+    def __get__(
+        self: "Work[Concatenate[Any, Q], T_co]", instance: object, owner: type | None = None
+    ) -> Callable[Q, Coroutine[Any, Any, T_co]]: ...
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind to an instance, as a function does."""

@@ -117,6 +117,8 @@ class Unit(Container):
         """
         if self.phase is Phase.CLOSED:
             return
+        if exc is not None:
+            _commit.explain(exc)
         try:
             if self._has_work():
                 await self._close(self.phase is Phase.BACKGROUND and exc is None, exc)
@@ -142,6 +144,12 @@ class Unit(Container):
         task.add_done_callback(self._close_after)
 
     # For the rest of the core
+
+    @property
+    def outer(self) -> "Unit | None":
+        """The unit inside which this one was opened."""
+        outer = self._token.old_value if self._token is not None else None
+        return outer if isinstance(outer, Unit) else None
 
     def make_current(self) -> Token[Any]:
         """Let code from here on work in this unit."""
@@ -218,8 +226,6 @@ class Unit(Container):
         await _commit.end(slots, cause)
 
     async def _close(self, commits: bool, exc: BaseException | None) -> None:
-        if exc is not None:
-            _commit.explain(exc)
         error: BaseException | None = None
         try:
             if commits:

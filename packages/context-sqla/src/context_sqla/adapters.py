@@ -23,6 +23,7 @@ What commits, what rolls back and how it is cleaned up is the unit's affair.
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-async def close_connects(*connects: DBConnect[AsyncSession]) -> None:
+async def close_connects(*connects: DBConnect[Any]) -> None:
     """Close every connect, then raise the first error.
 
     Args:
