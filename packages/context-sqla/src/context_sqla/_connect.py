@@ -268,12 +268,12 @@ class DBConnect(Generic[S]):
 
         Raises:
             UnavailableError: no answer in time, or an error, which is the cause.
+            ValueError: there is no host.
         """
-        host = await self.choose_host() if self.before_create_session_handler is not None else None
-        member = self.member(host)
         reached: list[Any] = []
 
         async def probe() -> None:
+            member = self.member(await self.choose_host())
             async with member.engine.connect() as connection:
                 reached.append((await connection.get_raw_connection()).driver_connection)
                 await connection.execute(select(1))
@@ -286,7 +286,10 @@ class DBConnect(Generic[S]):
             if not reached:
                 task.cancel()
             raise UnavailableError(f"{self!r}: no answer within {timeout:g} s", retry_after=1)
-        if (error := task.result()) is not None:
+        error = task.result()
+        if isinstance(error, (ValueError, TypeError, UnavailableError)):
+            raise error
+        if error is not None:
             raise UnavailableError(f"{self!r}: {type(error).__name__}", retry_after=1) from error
 
     def pool_status(self) -> PoolStatus:
