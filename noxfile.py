@@ -96,7 +96,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(tags=["ci"])
 def examples(session: nox.Session) -> None:
     """Run the tests of the example applications."""
-    install(session, "test", "servers", packages=PACKAGES)
+    install(session, "test", "servers", "demo", packages=PACKAGES)
     session.run("pytest", "examples", *session.posargs)
 
 
@@ -142,19 +142,13 @@ def coverage(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Start the demo application; `nox -s demo -- --check` makes the requests itself and ends."""
-    install(session, packages=FRAMEWORKS["fastapi"], requirements=["aiosqlite", "uvicorn"])
+    install(session, "demo", packages=FRAMEWORKS["fastapi"])
     session.run("python", "examples/fastapi/app.py", *session.posargs)
 
 
-def install(
-    session: nox.Session,
-    *groups: str,
-    packages: list[str] | None = None,
-    requirements: list[str] | None = None,
-    lowest: bool = False,
-) -> None:
+def install(session: nox.Session, *groups: str, packages: list[str] | None = None, lowest: bool = False) -> None:
     """Install groups of tools and packages of the workspace: editable, or the wheels in the folder that DIST names."""
-    wanted = [*nox.project.dependency_groups(PYPROJECT, *groups), *(requirements or [])]
+    wanted = [*nox.project.dependency_groups(PYPROJECT, *groups)]
     for name in packages or []:
         if dist := os.environ.get("DIST"):
             wanted += map(str, Path(dist).glob(f"{name.replace('-', '_')}-*.whl"))

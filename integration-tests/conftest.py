@@ -1,6 +1,7 @@
 """Options, stacks and fixtures of every test that needs a real database or a real server."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from contract.drivers import FRAMEWORKS, Framework
 from support.bench import Bench, bench
 from support.databases import DRIVERS, Database
 from support.ledger import Ledger
-from support.postgres import Postgres
+from support.postgres import PASSWORD, Postgres
 from support.stacks import Selection, Stack, choose
 
 _SERVERS = sorted({server for framework in FRAMEWORKS.values() for server in framework.servers})
@@ -28,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stacks", "frameworks, servers and databases to test on")
     group.addoption("--framework", action="append", choices=sorted(FRAMEWORKS), help="repeatable; default: all")
     group.addoption("--server", action="append", choices=_SERVERS, help="repeatable; default: the first, the others pairwise")
-    group.addoption("--database", action="append", choices=sorted(DRIVERS), help="repeatable; default: asyncpg, the others pairwise")
+    group.addoption("--database", action="append", choices=sorted(DRIVERS), help="repeatable; default: asyncpg, others pairwise")
     group.addoption("--full", action="store_true", help="every server with every database, for every test")
 
 
@@ -116,16 +117,27 @@ def _framework(stack: Stack) -> Framework:
 
 
 @pytest.fixture(name="bench")
-async def _bench(stack: Stack, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+async def _bench(
+    stack: Stack, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Bench]:
+    """What the other fixtures are views of; its end is the proof that the test has left nothing behind."""
     place = request.getfixturevalue("postgres") if stack.dialect == "postgresql" else tmp_path
     async with bench(stack, place) as work:
         yield work
+    logged = "\n".join(map(logging.Formatter().format, caplog.get_records("call")))
+    assert PASSWORD not in logged, "the password of the database was logged (P20)"
 
 
 @pytest.fixture(name="serve")
 def _serve(bench: Bench, framework: Framework) -> Callable[..., Any]:
     """``await serve(*routes, **application)`` mounts and serves; the client comes back."""
     return bench.serve
+
+
+@pytest.fixture(name="build")
+def _build(bench: Bench, framework: Framework) -> Callable[..., Any]:
+    """``build(*routes, **application)`` is ``serve`` without serving: the framework's application, for its test client."""
+    return bench.build
 
 
 @pytest.fixture(name="connect")
@@ -144,6 +156,12 @@ async def _database(bench: Bench) -> Database:
 async def _other_database(bench: Bench) -> Database:
     """A second database, on the same server."""
     return await bench.databases.database("second")
+
+
+@pytest.fixture(name="spare_database")
+async def _spare_database(bench: Bench, spare_postgres: Postgres) -> Database:
+    """The first database of the second server."""
+    return await bench.databases.database("first", server=spare_postgres)
 
 
 @pytest.fixture(name="db")

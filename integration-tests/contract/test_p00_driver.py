@@ -1,4 +1,4 @@
-"""Before the promises: every driver mounts every part of a scenario, so that the other files test the adapter and not the driver."""
+"""Before the promises: every driver mounts every part of a scenario, so that the other files test adapters, not drivers."""
 
 import asyncio
 import gzip
@@ -6,6 +6,7 @@ import gzip
 import pytest
 from support.deadline import until
 from support.scenario import Answer, Fail, Feature, Gate, Redirect, Route, SocketGone, SocketRoute
+from support.servers import ServerOptions
 
 
 async def test_request_arrives_whole(serve):
@@ -276,13 +277,14 @@ async def test_hooks_run_at_startup_and_shutdown(serve, framework):
 
 @pytest.mark.wire
 @pytest.mark.loops("asyncio", "uvloop")
-async def test_connection_carries_several_requests(serve):
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+async def test_connection_carries_several_requests(serve, http):
     """Requests follow one another on a connection, also without waiting for the answers."""
 
     async def handler(request):
         return Answer(200, await request.body())
 
-    service = await serve(handler)
+    service = await serve(handler, options=ServerOptions(http=http))
     async with service.connect() as connection:
         first = await connection.request("POST", "/", body=b"0" * 400_000)
         for number in range(1, 4):

@@ -156,7 +156,9 @@ async def test_error_handler_gets_the_original_exception(serve, db, bench, frame
 
     async def handler(request):
         await insert_orphan(db)
-        event.listen(bench.databases.engines[0].sync_engine, "handle_error", lambda context: raised.append(context.sqlalchemy_exception))
+        event.listen(
+            bench.databases.engines[0].sync_engine, "handle_error", lambda context: raised.append(context.sqlalchemy_exception)
+        )
         return Answer(201)
 
     async def remember(exc):

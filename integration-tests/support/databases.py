@@ -142,30 +142,28 @@ class Databases:
         """Return how many connections are out of all pools together, whoever has them."""
         return sum(engine.sync_engine.pool.checkedout() for engine in self.engines)  # type: ignore[attr-defined]
 
-    async def whole(self) -> list[str]:
-        """Return what is not as it should be once all requests are over, and while the pools are still open."""
-        problems = await _unmet({"connections are checked out": self.checked_out})
+    async def whole(self, problems: list[str]) -> None:
+        """Add what is not as it should be once all requests are over, and while the pools are still open."""
+        await _expect_nothing("connections are checked out", self.checked_out, problems)
         for database in self._reachable():
             ledger = database.ledger
-            problems += await _unmet({"idle in transaction": ledger.idle_in_transaction, "prepared transactions": ledger.prepared})
+            await _expect_nothing("idle in transaction", ledger.idle_in_transaction, problems)
+            await _expect_nothing("prepared transactions", ledger.prepared, problems)
             for gid in await ledger.prepared():
                 await ledger.execute(f"ROLLBACK PREPARED '{gid}'")
-        return problems
 
-    async def gone(self) -> list[str]:
-        """Return what is still there after everything was closed."""
+    async def gone(self, problems: list[str]) -> None:
+        """Close everything, and add what is still there to the problems."""
         for connect in self.connects:
             await connect.close()
-        problems = []
         for database in self._reachable():
-            problems += await _unmet({"connections are still open": database.ledger.backends})
+            await _expect_nothing("connections are still open", database.ledger.backends, problems)
             for backend in await database.ledger.backends():
                 await database.ledger.execute("SELECT pg_terminate_backend($1)", backend.pid)
         for database in self._databases.values():
             await database.ledger.close()
         if is_context_initiated():
             problems.append("the context variable is still set")
-        return problems
 
     def _reachable(self) -> list[Database]:
         """The databases whose server the test has not stopped."""
@@ -174,7 +172,7 @@ class Databases:
 
 @contextlib.asynccontextmanager
 async def no_tasks_left() -> AsyncIterator[list[str]]:
-    """Yield a list to which the tasks are added that the block has started and not ended."""
+    """Yield a list of problems, to which the tasks are added that the block has started and not ended."""
     before = asyncio.all_tasks()
     problems: list[str] = []
     yield problems
@@ -183,22 +181,21 @@ async def no_tasks_left() -> AsyncIterator[list[str]]:
         here = asyncio.current_task()
         return {task for task in asyncio.all_tasks() - before if task is not here}
 
-    problems += await _unmet({"tasks are left over": left})
+    await _expect_nothing("tasks are left over", left, problems)
 
 
-async def _unmet(conditions: Mapping[str, Callable[[], Any]]) -> list[str]:
-    """Wait until each of the values is empty or zero; return a line for each that did not become so."""
-    problems = []
-    for what, look in conditions.items():
-        seen: list[Any] = []
+async def _expect_nothing(what: str, look: Callable[[], Any], problems: list[str]) -> None:
+    """Wait until the value is empty or zero, or add a problem; patiently the first time, because one leads to the next."""
+    seen: Any = None
 
-        async def empty(look: Callable[[], Any] = look, seen: list[Any] = seen) -> bool:
-            value = look()
-            seen[:] = [await value if isinstance(value, Awaitable) else value]
-            return not seen[0]
+    async def empty() -> bool:
+        nonlocal seen
+        seen = look()
+        if isinstance(seen, Awaitable):
+            seen = await seen
+        return not seen
 
-        try:
-            await until(empty)
-        except TimeoutError:
-            problems.append(f"{what}: {seen[0]}")
-    return problems
+    try:
+        await until(empty, deadline=0.5 if problems else DEADLINE)
+    except TimeoutError:
+        problems.append(f"{what}: {seen}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 
 from .deadline import until
 from .postgres import Postgres
@@ -84,7 +84,7 @@ class PostgresLedger(Ledger):
     def __init__(self, server: Postgres, database: str) -> None:
         self.server = server
         self.database = database
-        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        self._connection: Any = None
         # Observers that wait side by side take turns.
         self._turn = asyncio.Lock()
 
@@ -141,19 +141,19 @@ class PostgresLedger(Ledger):
 
     async def close(self) -> None:
         if self._connection is not None:
-            self._connection, connection = None, self._connection
+            connection, self._connection = self._connection, None
             with contextlib.suppress(asyncpg.PostgresError, OSError):
                 await connection.close(timeout=5)
 
     async def _gone(self, pid: int) -> bool:
         return not await self.rows("SELECT 1 FROM pg_stat_activity WHERE pid = $1", pid)
 
-    async def _connected(self) -> "asyncpg.Connection[asyncpg.Record]":
+    async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():
             self._connection = await self._connect()
         return self._connection
 
-    async def _connect(self) -> "asyncpg.Connection[asyncpg.Record]":
+    async def _connect(self) -> Any:
         return await asyncpg.connect(
             host=self.server.host,
             port=self.server.port,

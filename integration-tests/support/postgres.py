@@ -23,6 +23,8 @@ from typing import Any, Literal, Self
 
 LOOPBACK = "127.0.0.1"
 USER = "app"
+#: Of every server of the session, so that a connect can switch hosts. Unlike anything else, so that it is found where it leaks.
+PASSWORD = f"pw-{secrets.token_hex(8)}"
 DATABASES = ("first", "second", "third")
 StopMode = Literal["smart", "fast", "immediate"]
 
@@ -202,12 +204,11 @@ class Postgres:
 
     host = LOOPBACK
     user = USER
+    password = PASSWORD
 
     def __init__(self, *, settings: Mapping[str, str] | None = None) -> None:
         self.settings = {**SETTINGS, **(settings or {})}
         self.port = free_port()
-        #: Unlike anything else, so that a test can look for it in messages and logs.
-        self.password = f"pw-{secrets.token_hex(8)}"
         #: Databases that have their tables.
         self.prepared: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
@@ -268,7 +269,7 @@ class Postgres:
             )
         end = time.monotonic() + timeout
         while not self._ready():
-            if not self.running or time.monotonic() > end:
+            if self._process.poll() is not None or time.monotonic() > end:
                 tail = self._log.read_text(errors="replace")[-2000:]
                 self.stop("immediate")
                 raise PostgresError(f"PostgreSQL did not start:\n{tail}")

@@ -148,8 +148,8 @@ Middleware = Gate | Feature
 class Application:
     """All that a driver needs to know.
 
-    ``middleware`` has gates and ``Feature.GZIP``, ``CORS``, ``BASE_HTTP``, the outermost first; ``setup_first`` calls the adapter's
-    ``setup`` before they are added instead of after.
+    ``middleware`` has gates and ``Feature.GZIP``, ``CORS``, ``BASE_HTTP``, the outermost first; ``setup_first``: the adapter's
+    ``setup`` is called before they are added, not after.
     """
 
     routes: Sequence[Route | SocketRoute]

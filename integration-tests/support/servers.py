@@ -45,7 +45,7 @@ class Running(ABC):
         """Shut down as on SIGTERM: requests get ``grace`` seconds, then what the server does to those that are late."""
 
 
-async def start(app: ASGIApp, server: str, options: ServerOptions = ServerOptions()) -> Running:
+async def start(app: ASGIApp, server: str, options: ServerOptions) -> Running:
     """Start an ASGI application under uvicorn, hypercorn or granian; its lifespan has started when this returns.
 
     Raises:
@@ -70,6 +70,15 @@ class _Task(Running):
     def __init__(self, address: Address, task: "asyncio.Task[None]") -> None:
         self.address = address
         self._task = task
+
+    async def _ended(self, grace: float, *, requests: str) -> None:
+        """Wait for the end; past the grace cancel the tasks of requests, which are known by their coroutine's name."""
+        await asyncio.wait({self._task}, timeout=grace)
+        if not self._task.done():
+            for task in asyncio.all_tasks():
+                if getattr(task.get_coro(), "__qualname__", "").endswith(requests):
+                    task.cancel()
+        await self._task
 
     async def _listening(self, listens: Callable[[], object | Awaitable[object]]) -> None:
         async def up() -> bool:
@@ -187,7 +196,8 @@ class _Hypercorn(_Task):
     async def stop(self, grace: float = 30) -> None:
         self._config.graceful_timeout = grace
         self._asked_to_stop.set()
-        await self._task
+        # On Python 3.12 and later it waits for the connections to close before it looks at its limit.
+        await self._ended(grace + 0.2, requests="._server_callback")
 
 
 class _Granian(_Task):
@@ -210,11 +220,9 @@ class _Granian(_Task):
     _server: Any
 
     async def stop(self, grace: float = 30) -> None:
-        self._server.workers_kill_timeout = grace
         self._server.stop()
-        # Past the limit granian would kill its worker process, and with it the requests; here they go on, as our tasks.
-        with contextlib.suppress(TimeoutError):
-            await self._task
+        # Past the limit granian kills its worker process; what comes nearest in one process is to cancel the requests.
+        await self._ended(grace, requests=".future_watcher")
 
 
 def _bound() -> socket.socket:

@@ -58,7 +58,9 @@ def choose(
     if selection.full:
         return list(product(_asked(servers, selection.servers), _asked(databases, selection.databases)))
     if selection.servers is not None or selection.databases is not None:
-        return list(product(_asked(servers, selection.servers or servers[:1]), _asked(databases, selection.databases or databases[:1])))
+        return list(
+            product(_asked(servers, selection.servers or servers[:1]), _asked(databases, selection.databases or databases[:1]))
+        )
     default, *others = _pairs(servers, databases, ((0, 0), *(_ROWS[number % 2] if wire else _OTHERS)))
     return [default, *others] if wire or not others else [default, others[number % len(others)]]
 

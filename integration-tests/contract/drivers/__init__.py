@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from support.scenario import Application, Feature
-from support.servers import Running
+from support.servers import Running, ServerOptions
 
 ASGI_SERVERS = ("uvicorn", "hypercorn", "granian")
 
@@ -17,7 +17,7 @@ class Driver(Protocol):
     def build(self, application: Application) -> Any:
         """Make the framework's application, with the adapter's ``setup`` called on it."""
 
-    async def start(self, app: Any, server: str) -> Running:
+    async def start(self, app: Any, server: str, options: ServerOptions) -> Running:
         """Serve it on a loopback port."""
 
 
@@ -35,7 +35,7 @@ class Framework:
         Raises:
             ImportError: the framework or its adapter is not installed.
         """
-        driver: Driver = importlib.import_module(f"contract.drivers.{self.module}")  # type: ignore[assignment]
+        driver: Driver = importlib.import_module(f"contract.drivers.{self.module}")
         return driver
 
 

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from context_sqla_asgi import setup
 from support import servers
 from support.scenario import Answer, Application, Exchange, Fail, Gate, Redirect, Result, Route, SocketGone, SocketRoute
-from support.servers import ASGIApp, Running
+from support.servers import ASGIApp, Running, ServerOptions
 
 
 def build(application: Application) -> ASGIApp:
@@ -23,9 +23,9 @@ def build(application: Application) -> ASGIApp:
     return app
 
 
-async def start(app: ASGIApp, server: str) -> Running:
+async def start(app: ASGIApp, server: str, options: ServerOptions) -> Running:
     """Serve it."""
-    return await servers.start(app, server)
+    return await servers.start(app, server, options)
 
 
 class _App:

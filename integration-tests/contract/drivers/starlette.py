@@ -33,9 +33,8 @@ from support.scenario import (
     Route,
     SocketGone,
     SocketHandler,
-    SocketRoute,
 )
-from support.servers import Running
+from support.servers import Running, ServerOptions
 
 Setup = Callable[..., object]
 
@@ -53,9 +52,9 @@ def build(application: Application) -> Starlette:
     return app
 
 
-async def start(app: Starlette, server: str) -> Running:
+async def start(app: Starlette, server: str, options: ServerOptions) -> Running:
     """Serve it."""
-    return await servers.start(app, server)  # type: ignore[arg-type]
+    return await servers.start(app, server, options)
 
 
 def finish(app: Starlette, application: Application, setup: Setup) -> None:

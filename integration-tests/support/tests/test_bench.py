@@ -14,7 +14,7 @@ from support.bench import bench
 def _quick(monkeypatch):
     """Do not wait long for what will not happen."""
     until = databases_module.until
-    monkeypatch.setattr(databases_module, "until", lambda condition: until(condition, deadline=0.1))
+    monkeypatch.setattr(databases_module, "until", lambda condition, deadline: until(condition, deadline=0.1))
 
 
 @pytest.fixture(name="place")
@@ -41,7 +41,7 @@ async def test_connection_that_is_out_is_found(stack, place, quick):
             async with bench(stack, place) as work:
                 db = await work.connect(drain_timeout=0)
                 session = await db.create_session()
-                late.push_async_callback(session.close)
+                late.push_async_callback(session.invalidate)
                 await session.execute(text("SELECT 1"))
 
 

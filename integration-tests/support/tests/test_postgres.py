@@ -8,9 +8,7 @@ from support.postgres import DATABASES, Postgres
 
 
 async def ask(server: Postgres, password: str, database: str, sql: str):
-    connection = await asyncpg.connect(
-        host=server.host, port=server.port, user=server.user, password=password, database=database
-    )
+    connection = await asyncpg.connect(host=server.host, port=server.port, user=server.user, password=password, database=database)
     try:
         return await connection.fetchval(sql)
     finally:

@@ -21,7 +21,9 @@ class Ledger:
         self.db.engine_created.append(_check_foreign_keys)
         with self.connection() as connection:
             connection.execute("CREATE TABLE parent (name TEXT PRIMARY KEY)")
-            connection.execute("CREATE TABLE item (name TEXT, parent TEXT REFERENCES parent (name) DEFERRABLE INITIALLY DEFERRED)")
+            connection.execute(
+                "CREATE TABLE item (name TEXT, parent TEXT REFERENCES parent (name) DEFERRABLE INITIALLY DEFERRED)"
+            )
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:

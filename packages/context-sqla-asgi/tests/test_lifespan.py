@@ -6,6 +6,7 @@ import pytest
 from context_sqla import DBConnect, db_context
 from context_sqla_asgi import closing, setup
 
+FAILED = {"type": "lifespan.shutdown.failed", "message": "ours"}
 STARTUP, SHUTDOWN = {"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}
 
 
@@ -34,13 +35,18 @@ def _connect(log) -> LoudConnect:
     return connect
 
 
-@pytest.fixture(name="serve")
-def _serve(log):
-    """The server's side of a lifespan; returns the messages that failed with their text."""
+@pytest.fixture(name="told")
+def _told() -> list[str]:
+    """The texts that came with the messages."""
+    return []
 
-    async def serve(app, *asked):
-        waiting = list(asked or (STARTUP, SHUTDOWN))
-        told = []
+
+@pytest.fixture(name="serve")
+def _serve(log, told):
+    """The server's side of a lifespan."""
+
+    async def serve(app):
+        waiting = [STARTUP, SHUTDOWN]
 
         async def receive():
             if not waiting:
@@ -49,22 +55,22 @@ def _serve(log):
 
         async def send(message):
             log.append(message["type"].removeprefix("lifespan."))
-            told.append(message.get("message", ""))
+            if "message" in message:
+                told.append(message["message"])
 
         await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
-        return "".join(told)
 
     return serve
 
 
-def application(log, shutdown="lifespan.shutdown.complete"):
+def application(log, **answer):
     async def app(scope, receive, send):
         await receive()
         log.append("up")
         await send({"type": "lifespan.startup.complete"})
         await receive()
         log.append("down")
-        await send({"type": shutdown, "message": "ours"})
+        await send({"type": "lifespan.shutdown.complete"} | answer)
 
     return app
 
@@ -83,28 +89,28 @@ async def test_lifespan_without_connects_passes(log, serve):
     assert log == ["up", "startup.complete", "down", "shutdown.complete"]
 
 
-async def test_connects_are_closed_when_the_shutdown_failed(log, connect, serve):
+async def test_connects_are_closed_when_the_shutdown_failed(log, told, connect, serve):
     """A shutdown that failed is passed on as it is (P8)."""
-    told = await serve(setup(application(log, "lifespan.shutdown.failed"), connect))
+    await serve(setup(application(log, **FAILED), connect))
 
     assert log == ["up", "startup.complete", "down", "close", "shutdown.failed"]
-    assert told == "ours"
+    assert told == ["ours"]
 
 
-async def test_connects_are_closed_when_the_startup_failed(log, connect, serve):
+async def test_connects_are_closed_when_the_startup_failed(log, told, connect, serve):
     """The server ends after it, and sends no shutdown."""
 
     async def app(scope, receive, send):
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "ours"})
 
-    told = await serve(setup(app, connect))
+    await serve(setup(app, connect))
 
     assert log == ["close", "startup.failed"]
-    assert told == "ours"
+    assert told == ["ours"]
 
 
-async def test_error_of_the_closing_reaches_the_server(log, connect, serve):
+async def test_error_of_the_closing_reaches_the_server(log, told, connect, serve):
     """It is told by a message, which servers log, and raised (P8)."""
     connect.error = OSError("cannot close")
 
@@ -112,6 +118,7 @@ async def test_error_of_the_closing_reaches_the_server(log, connect, serve):
         await serve(setup(application(log), connect))
 
     assert log == ["up", "startup.complete", "down", "close", "shutdown.failed"]
+    assert "OSError: cannot close" in told[0]
 
 
 async def test_swallowed_error_of_the_closing_is_raised(log, connect, serve):
@@ -130,16 +137,16 @@ async def test_swallowed_error_of_the_closing_is_raised(log, connect, serve):
     assert log == ["up", "startup.complete", "down", "close", "shutdown.failed", "swallowed"]
 
 
-async def test_error_of_the_closing_is_told_after_the_applications_own(log, connect, serve):
+async def test_error_of_the_closing_is_told_after_the_applications_own(log, told, connect, serve):
     """Neither failure hides the other (P8)."""
     connect.error = OSError("cannot close")
-    told = ""
 
     with pytest.raises(OSError, match="cannot close"):
-        told = await serve(setup(application(log, "lifespan.shutdown.failed"), connect))
+        await serve(setup(application(log, **FAILED), connect))
 
     assert log[-2:] == ["close", "shutdown.failed"]
-    assert told == ""
+    assert told[0].startswith("ours\nTraceback")
+    assert "OSError: cannot close" in told[0]
 
 
 @pytest.mark.parametrize("how", ["raises", "returns", "receives", "starts", "http"])
@@ -206,7 +213,7 @@ async def test_application_that_raises_after_its_answer(log, connect, serve):
     """Connects are closed once."""
 
     async def app(scope, receive, send):
-        await application(log, "lifespan.shutdown.failed")(scope, receive, send)
+        await application(log, **FAILED)(scope, receive, send)
         raise LookupError
 
     with pytest.raises(LookupError):

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 from context_sqla import ContextNotInitiatedError, UnavailableError, db_context, db_session, is_context_initiated
+from context_sqla.adapters import Phase, Policy
 from context_sqla_asgi import (
     SCOPE_KEY,
     ASGIHTTPDBSessionMiddleware,
@@ -15,7 +16,6 @@ from context_sqla_asgi import (
     setup,
     wire_of,
 )
-from context_sqla.adapters import Phase, Policy
 from sqlalchemy.exc import IntegrityError
 
 OK = {"type": "http.response.start", "status": 200, "headers": []}
@@ -105,19 +105,23 @@ async def test_scope_is_left_as_it_was(ledger, server):
     assert SCOPE_KEY not in scopes[0]
 
 
+class Witness:
+    """Something in a scope that can be watched."""
+
+
 async def test_request_leaves_no_cycle(ledger, server):
     """A request without an error is freed by reference counting alone."""
-    units = []
+    scopes = []
 
     async def app(scope, receive, send):
-        units.append(weakref.ref(wire_of(scope)))
+        scopes.append(weakref.ref(scope["state"]))
         await send(OK)
         await send(END)
 
     gc.disable()
     try:
-        await server.call(setup(app))
-        assert units[0]() is None
+        await server.call(setup(app), state=Witness())
+        assert scopes[0]() is None
     finally:
         gc.enable()
 
@@ -350,11 +354,13 @@ async def test_head_after_its_body_failed(ledger, server, status, log):
 
 
 async def test_failing_work_after_the_body_does_not_break_it(ledger, server):
-    """Middleware that is still sending the body goes on (P6)."""
+    """Middleware that is still sending the body goes on, and may swallow the error; the work rolls back (P6)."""
 
     async def app(scope, receive, send):
+        await ledger.write("a")
         await send(OK)
         await send(END)
+        await ledger.write("b")
         raise LookupError
 
     def between(app):
@@ -374,7 +380,8 @@ async def test_failing_work_after_the_body_does_not_break_it(ledger, server):
 
     log = await server.call(stack(app, between))
 
-    assert log == ["start 200 []", "body end []"]
+    assert log == ["start 200 [a]", "body end [a]"]
+    assert ledger.names() == "a"
 
 
 async def test_middleware_that_answers_by_itself_decides(ledger, server):

@@ -32,7 +32,9 @@ async def test_commit_comes_before_the_head(ledger, server):
     assert log == ["start 200 [a]", "body end [a]"]
 
 
-@pytest.mark.parametrize(("status", "rows"), [(100, ""), (204, "a"), (302, "a"), (304, "a"), (399, "a"), (400, ""), (404, ""), (503, "")])
+@pytest.mark.parametrize(
+    ("status", "rows"), [(100, ""), (204, "a"), (302, "a"), (304, "a"), (399, "a"), (400, ""), (404, ""), (503, "")]
+)
 async def test_status_decides(ledger, server, status, rows):
     """Below 400 commits, from 400 on rolls back, and an informational head decides nothing (P3)."""
 

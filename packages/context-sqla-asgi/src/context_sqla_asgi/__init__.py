@@ -12,7 +12,7 @@ from ._middleware import (
     setup,
 )
 from ._types import ASGIApp, Message, Receive, Scope, Send
-from ._wire import SCOPE_KEY, Wire, run_app, wire_of
+from ._wire import SCOPE_KEY, Wire, wire_of
 
 __all__ = [
     "SCOPE_KEY",
@@ -30,7 +30,6 @@ __all__ = [
     "answer_unavailable",
     "closing",
     "request_label",
-    "run_app",
     "setup",
     "wire_of",
 ]

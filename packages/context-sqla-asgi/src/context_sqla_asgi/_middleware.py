@@ -10,7 +10,7 @@ from context_sqla.errors import UnavailableError
 
 from ._lifespan import run_lifespan
 from ._types import ASGIApp, Receive, Scope, Send
-from ._wire import SCOPE_KEY, Wire, run_app, wire_of
+from ._wire import SCOPE_KEY, Wire, wire_of
 
 __all__ = [
     "ASGIHTTPDBSessionMiddleware",
@@ -94,7 +94,7 @@ class UnitMiddleware:
         answer: Answer = answer_unavailable,
         watch: Watch | None = None,
     ) -> None:
-        self.app = app
+        self.app: ASGIApp = app
         self._policy = policy
         self._connects = connects
         self._label = label
@@ -102,11 +102,8 @@ class UnitMiddleware:
         self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._run_hidden(scope, receive, send)
-            return
-        if SCOPE_KEY in scope:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http" or SCOPE_KEY in scope:
+            await self._pass(scope, receive, send)
             return
         unit = Unit.enter(self._policy, partial(self._label, scope))
         wire = scope[SCOPE_KEY] = Wire(unit, scope.get("app"), receive, send)
@@ -114,7 +111,14 @@ class UnitMiddleware:
         try:
             if self._watch is not None:
                 self._watch(unit, scope)
-            await run_app(self.app, scope, wire)
+            try:
+                await self.app(scope, wire.receive, wire.send)
+            except Exception:
+                if wire.failed is None:
+                    raise
+            if wire.failed is not None:
+                raise wire.failed  # noqa: TRY301 - whatever the application made of it on its way (P4)
+            error = wire.late
         except BaseException as exc:
             error = exc
             if wire.started or not isinstance(exc, Exception) or not await self._answer(exc, scope, wire):
@@ -124,7 +128,10 @@ class UnitMiddleware:
             scope.pop(SCOPE_KEY, None)  # or each request is a cycle: scope, wire, unit, label, scope
             await unit.close(error)
 
-    async def _run_hidden(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self.app(scope, receive, send)
+            return
         with hidden_unit():
             if scope["type"] == "lifespan" and self._connects:
                 await run_lifespan(self.app, self._connects, scope, receive, send)
@@ -167,7 +174,7 @@ class CommitPoint:
     """
 
     def __init__(self, app: ASGIApp, *, answer: Answer, watch: Watch | None = None) -> None:
-        self.app = app
+        self.app: ASGIApp = app
         self._answer = answer
         self._watch = watch
 
@@ -180,11 +187,22 @@ class CommitPoint:
             self._watch(outer.unit, scope)
         wire = Wire(outer.unit, scope.get("app"), receive, send)
         try:
-            await run_app(self.app, scope, wire)
+            try:
+                await self.app(scope, wire.receive, wire.send)
+            except Exception:
+                if wire.failed is None:
+                    raise
+            if wire.failed is not None:
+                raise wire.failed  # noqa: TRY301 - whatever the application made of it on its way (P4)
         except Exception as error:
-            if wire.started:
-                if wire.failed is not None or wire.unit.phase is Phase.STREAM:
-                    outer.failed = error  # P5: no middleware further out may end this body well
+            if not await self._is_answered(error, scope, wire, outer):
                 raise
-            if not await self._answer(error, scope, wire):
-                raise
+
+    async def _is_answered(self, error: Exception, scope: Scope, wire: Wire, outer: Wire) -> bool:
+        if not wire.started:
+            return await self._answer(error, scope, wire)
+        if wire.failed is not None or wire.unit.phase is Phase.STREAM:
+            outer.failed = error  # P5: no middleware further out may end this body well
+        else:
+            outer.late = error  # P6: nor take what failed afterwards for done
+        return False

@@ -1,17 +1,19 @@
 """The messages of one request, and the unit of work that they drive."""
 
+from collections.abc import Awaitable
 from typing import Any
 
 from context_sqla.adapters import Phase, Unit
 
-from ._types import ASGIApp, Message, Receive, Scope, Send
+from ._types import Message, Receive, Scope, Send
 
-__all__ = ["SCOPE_KEY", "Wire", "run_app", "wire_of"]
+__all__ = ["SCOPE_KEY", "Wire", "wire_of"]
 
 SCOPE_KEY = "context_sqla.wire"
 """Where a request carries its wire: this, and never the context variable, tells that the request has a unit already (P12)."""
 
 _BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
+_HANDLER = Phase.HANDLER  # a member of an Enum is slow to look up in Python 3.11
 
 
 class Wire:
@@ -28,23 +30,26 @@ class Wire:
 
     Attributes:
         started: a head was sent on.
+        decides: the unit was asked about the head here, so that this wire finishes the body. An adapter that calls `unit.head`
+            by itself sets it.
         failed: the error that broke the response. Until a head that admits it comes by, nothing is sent on.
+        late: an error that came after the response; what was written since then rolls back (P6).
         body_read: the request's body was received to its end.
     """
 
-    __slots__ = ("_decides", "_head", "_left", "_receive", "_send", "app", "body_read", "failed", "started", "unit")
+    __slots__ = ("_left", "_receive", "_send", "app", "body_read", "decides", "failed", "late", "started", "unit")
 
     def __init__(self, unit: Unit, app: Any, receive: Receive, send: Send) -> None:
-        self.unit = unit
-        self.app = app
-        self.started = False
+        self.unit: Unit = unit
+        self.app: Any = app
+        self.started: bool = False
+        self.decides: bool = False
         self.failed: Exception | None = None
-        self.body_read = False
+        self.late: Exception | None = None
+        self.body_read: bool = False
         self._receive = receive
         self._send = send
-        self._decides = False
-        self._head: Message | None = None
-        self._left: int | None = None
+        self._left: Message | int | None = None  # the head until somebody asks, then what is left of its Content-Length
 
     async def receive(self) -> Message:
         """Return the next message of the server; a client that has left ends an unfinished body (P5)."""
@@ -55,83 +60,67 @@ class Wire:
             self.body_read = True
         return message
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Send a message on, after what the unit has to do before it.
 
         Raises:
-            Exception: that of the commit; the message is then withheld.
+            Exception: when awaited: that of the commit; the message is then withheld.
         """
         kind = message["type"]
         # An informational 1xx decides nothing: the head is still to come.
         if kind == "http.response.start" and not self.started and message["status"] >= 200:
-            await self.head(message["status"])
+            if self.unit.phase is _HANDLER:
+                return self._send_head(message)
+            # The body broke before middleware let its head pass: only an answer that admits it may still go (P5).
+            if self.failed is not None and message["status"] < 400:
+                return self._send_last(message)
+            self.failed = None
             self.started = True
-            self._head = message
-        elif self.failed is not None:
-            raise self.failed
-        elif self._decides and kind in _BODY and self._is_last(message):
-            await self._finish()
+            self._left = message
+        elif self.failed is not None or (self.decides and kind in _BODY and self._is_last(message)):
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _send_head(self, message: Message) -> None:
+        self.decides = True
+        self.failed = None  # what this head answers, if anything
+        try:
+            await self.unit.head(message["status"])
+        except Exception as error:
+            self.failed = error
+            raise
+        self.started = True
+        self._left = message
         await self._send(message)
 
-    async def head(self, status: int) -> None:
-        """Let the unit decide by the status of the head that is about to leave, or of an error handler's answer (P3, P4).
-
-        Raises:
-            Exception: that of the commit, or one that is known to have broken the body of this success.
-        """
-        if self.unit.phase is Phase.HANDLER:
-            self._decides = True
-            self.failed = None
-            try:
-                await self.unit.head(status)
-            except Exception as error:
-                self.failed = error
-                raise
-        elif self.failed is not None:
-            # The body broke before middleware let its head pass: only an answer that admits it may still go (P5).
-            if status < 400:
-                raise self.failed
-            self.failed = None
-
-    async def _finish(self) -> None:
+    async def _send_last(self, message: Message) -> None:
+        if self.failed is not None:
+            raise self.failed
         try:
             await self.unit.end_of_body()
         except Exception as error:
             self.failed = error
             raise
+        await self._send(message)
 
     def _is_last(self, message: Message) -> bool:
         """Return whether the response is complete with this message: by its mark, or by the declared length."""
         if not message.get("more_body", False):
             return True
-        if self._head is not None:
-            self._left = _content_length(self._head)
-            self._head = None
-        if self._left is not None:
+        left = self._left
+        if left is not None and not isinstance(left, int):
+            left = _content_length(left)
+        if left is not None:
             size = message.get("count") if message["type"] == "http.response.zerocopysend" else len(message.get("body", b""))
-            self._left = None if size is None else self._left - size
-        return self._left is not None and self._left <= 0
+            left = None if size is None else left - size
+        self._left = left
+        return left is not None and left <= 0
 
 
 def wire_of(scope: Scope) -> Wire | None:
     """Return the outermost wire of this request, or None if it has no unit of work, or none that its messages drive."""
     wire: Wire | None = scope.get(SCOPE_KEY)
     return wire
-
-
-async def run_app(app: ASGIApp, scope: Scope, wire: Wire) -> None:
-    """Run an application on a wire.
-
-    Raises:
-        Exception: the unit's own error where one broke the response, whatever the application made of it on its way (P4).
-    """
-    try:
-        await app(scope, wire.receive, wire.send)
-    except Exception:
-        if wire.failed is None:
-            raise
-    if wire.failed is not None:
-        raise wire.failed
 
 
 def _content_length(head: Message) -> int | None:

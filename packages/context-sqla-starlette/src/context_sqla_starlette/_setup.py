@@ -1,6 +1,6 @@
 """The placing of the two parts around a Starlette application, when it builds its stack of middleware."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 from weakref import WeakSet
@@ -12,7 +12,9 @@ from context_sqla_asgi import CommitPoint, UnitMiddleware, Watch, closing
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.types import ASGIApp, ExceptionHandler, Lifespan, Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from ._answers import answer_commit_error, answer_outermost, unavailable
 from ._middleware import route_label
@@ -56,7 +58,7 @@ def install(
     policy: Policy,
     label: Callable[[Scope], str] = route_label,
     watch: Watch | None = None,
-    unavailable: ExceptionHandler = unavailable,
+    unavailable: Callable[[Request, Exception], Awaitable[Response]] = unavailable,
 ) -> None:
     """Do what `setup` does, with parts that adapters of frameworks on top of Starlette may choose.
 
@@ -105,8 +107,10 @@ def _closing_after(lifespan_context: Lifespan[Any], connects: tuple[DBConnect[An
 class _Outermost(ServerErrorMiddleware):
     """Look like the outermost part that Starlette builds: OpenTelemetry's instrumentation insists on it, and keeps its `app`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: UnitMiddleware) -> None:
         super().__init__(app)
+        self._call = app.__call__
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
+    # Not async: the other's coroutine is all that is needed, in every request.
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._call(scope, receive, send)

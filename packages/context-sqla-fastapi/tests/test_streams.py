@@ -1,0 +1,89 @@
+"""Endpoints that are generators: FastAPI starts those of event streams before their head."""
+
+import asyncio
+from collections.abc import AsyncIterable, Iterable
+
+import anyio.from_thread
+import pytest
+from context_sqla_fastapi import add_fastapi_http_db_session_middleware as by_hand
+from context_sqla_fastapi import setup
+from fastapi import Depends, FastAPI
+from fastapi.responses import StreamingResponse
+from sqlalchemy.exc import IntegrityError
+
+sse = pytest.importorskip("fastapi.sse", reason="this version of FastAPI has no streams of events")
+
+
+@pytest.fixture(name="streaming")
+def _streaming(ledger):
+    """An application whose endpoints are generators, with a dependency that writes."""
+    app = FastAPI()
+
+    async def dependency():
+        await ledger.write("dependency")
+        yield
+
+    depends = [Depends(dependency)]
+
+    @app.get("/events", response_class=sse.EventSourceResponse, dependencies=depends)
+    async def events() -> AsyncIterable[int]:
+        for number in range(2):
+            await ledger.write(f"event{number}")
+            yield number
+
+    @app.get("/events-in-a-thread", response_class=sse.EventSourceResponse, dependencies=depends)
+    def events_in_a_thread() -> Iterable[int]:
+        for number in range(2):
+            anyio.from_thread.run(ledger.write, f"event{number}")
+            yield number
+
+    @app.get("/lines", dependencies=depends)
+    async def lines() -> AsyncIterable[int]:
+        for number in range(2):
+            await ledger.write(f"event{number}")
+            yield number
+
+    @app.get("/pieces", response_class=StreamingResponse, dependencies=depends)
+    async def pieces():
+        for number in range(2):
+            await ledger.write(f"event{number}")
+            yield str(number)
+
+    @app.get("/failing", response_class=sse.EventSourceResponse, dependencies=depends)
+    async def failing() -> AsyncIterable[int]:
+        await ledger.write("event")
+        yield 1
+        raise LookupError
+
+    @app.get("/orphan", response_class=sse.EventSourceResponse, dependencies=depends)
+    async def orphan() -> AsyncIterable[int]:
+        await ledger.write_orphan("event")
+        yield 1
+
+    return app
+
+
+@pytest.mark.parametrize("install", [setup, by_hand])
+@pytest.mark.parametrize("path", ["/events", "/events-in-a-thread", "/lines", "/pieces"])
+async def test_generator_endpoint_commits_at_its_end(streaming, ledger, messages_of, install, path):
+    """Also where FastAPI starts the generator before the head: it has a session of its own (P5)."""
+    install(streaming)
+
+    log = await asyncio.wait_for(messages_of(streaming, path), 30)
+
+    assert log[0] == "start 200 [dependency]"
+    assert log[-1] == "body  [dependency event0 event1]"
+    assert all("event" not in message.split("[")[1] for message in log[:-1])
+
+
+@pytest.mark.parametrize("path", ["/failing", "/orphan"])
+async def test_generator_endpoint_that_fails_is_never_complete(streaming, ledger, messages_of, path):
+    """It is rolled back, and broken off for the client (P5)."""
+    setup(streaming, ledger.db)
+    log = []
+
+    with pytest.raises((LookupError, IntegrityError, ExceptionGroup)):
+        await asyncio.wait_for(messages_of(streaming, path, log=log), 30)
+
+    assert all("+" in message for message in log if message.startswith("body"))
+    assert ledger.names() == "dependency"
