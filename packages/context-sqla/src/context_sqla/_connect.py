@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import itertools
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast, overload
@@ -101,7 +102,7 @@ class DBConnect(Generic[S]):
         self._loops = Loops()
 
     def __repr__(self) -> str:
-        return f"<DBConnect {self.name!r} host={self.host!r}>"
+        return f"<DBConnect {self.name!r} host={_shown(self.host)!r}>"
 
     @overload
     @classmethod
@@ -170,7 +171,7 @@ class DBConnect(Generic[S]):
         def create_maker(engine: AsyncEngine) -> async_sessionmaker[Any]:
             return async_sessionmaker(engine, **settings)
 
-        options.setdefault("name", parsed.database or None)
+        options.setdefault("name", _name_of(parsed))
         return cls(create_engine, create_maker, own if host is None else host, before_create_session_handler, **options)
 
     @classmethod
@@ -187,7 +188,7 @@ class DBConnect(Generic[S]):
         engine = maker.kw.get("bind")
         if not isinstance(engine, AsyncEngine):
             raise ValueError("from_sessionmaker needs an async_sessionmaker that is bound to an AsyncEngine")
-        options.setdefault("name", engine.url.database or None)
+        options.setdefault("name", _name_of(engine.url))
         connect = cls(lambda _: engine, lambda _: maker, _host_of(engine.url), **options)
         connect._adopted = maker
         return connect
@@ -297,14 +298,14 @@ class DBConnect(Generic[S]):
         here = self._loops.find()
         member = here.members.get(self.host) if here is not None and self.host is not None else None
         if member is None:
-            return PoolStatus(self.host, 0, 0, 0, None)
+            return PoolStatus(_shown(self.host), 0, 0, 0, None)
         pool: Any = member.engine.sync_engine.pool
         size = pool.size() if hasattr(pool, "size") else 0
         overflow = max(0, pool.overflow()) if hasattr(pool, "overflow") else 0
         queue = getattr(getattr(pool, "_pool", None), "_queue", None)
         getters = getattr(queue, "_getters", None)
         waiting = None if getters is None else sum(not getter.done() for getter in getters)
-        return PoolStatus(self.host, size, len(member.watch.out), overflow, waiting)
+        return PoolStatus(_shown(self.host), size, len(member.watch.out), overflow, waiting)
 
     def abort_host(self, host: str) -> int:
         """Cut every connection to a host that is dead or hung, and return how many there were (P13).
@@ -399,16 +400,30 @@ def _check_host(host: object) -> None:
         raise ValueError("a host must not be empty")
 
 
+def _shown(host: str | None) -> str | None:
+    """Return a host as it may be shown: one that is a URL without its password (P20)."""
+    return host if host is None else re.sub(r"//.*@", "//***@", host)
+
+
+def _name_of(url: URL) -> str | None:
+    """Return the database, unless the URL was parsed at the wrong "/" and it holds a part of the password (P20)."""
+    return url.database if url.database and "@" not in url.database else None
+
+
 def _host_of(url: URL) -> str:
     if not url.host:
         return _HOSTLESS
-    return f"{url.host}:{url.port}" if url.port else url.host
+    if not url.port:
+        return url.host
+    return f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
 
 
 def _with_host(url: URL, host: str) -> URL:
     """Replace the host of a URL by "name", "name:port", "[v6]" or "[v6]:port"."""
     if url.get_backend_name() == "sqlite":
-        raise ValueError(f"an SQLite database has no host, so {host!r} cannot replace it")
+        raise ValueError("an SQLite database has no host that another could replace")
+    if "/" in host or "@" in host:
+        raise ValueError("a host is 'name' or 'name:port', not a URL")  # P20: and is not repeated here
     name, separator, port = host.rpartition(":")
     if not separator or host.endswith("]") or (":" in name and not name.startswith("[")):
         return url.set(host=host.strip("[]"))

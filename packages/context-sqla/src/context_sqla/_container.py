@@ -91,11 +91,7 @@ class Container:
     async def slot(self, connect: DBConnect[Any]) -> Slot:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
         key = connect.context_key
-        if self.phase is Phase.CLOSED:
-            raise ContextClosedError(
-                f"{connect!r}: this task outlived its unit of work; wrap what it does in 'async with db_context():', or start it "
-                "with run_in_new_ctx()"
-            )
+        self.check_open(connect)
         slots = self.slots
         if self.phase is Phase.HANDLER and self.runs_ahead is not None and self.runs_ahead():
             if self._ahead is None:
@@ -109,8 +105,14 @@ class Container:
                 slot = await self._open_once(connect, slots)
         return slot
 
+    def check_open(self, connect: DBConnect[Any] | None) -> None:
+        """Raise if the unit has ended (P10)."""
+        if self.phase is Phase.CLOSED:
+            raise _outlived(connect)
+
     def put(self, connect: DBConnect[Any], session: AsyncSession, *, host: str | None = None) -> Slot:
         """Make a session that exists the unit's own."""
+        self.check_open(connect)
         slot = self._slot_for(connect, session, host or connect.host or "")
         slot.foreign = True
         self.slots[connect.context_key] = slot
@@ -141,6 +143,8 @@ class Container:
         elif task is asyncio.current_task():
             raise ContextSqlaError(f"{connect!r}: its before_create_session_handler asked for a session of the connect itself")
         await asyncio.wait((task,))
+        if task.cancelled():
+            raise _outlived(connect)
         return task.result()
 
     async def _open(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
@@ -151,8 +155,7 @@ class Container:
                 if slot is not None:
                     return slot
             host = await connect.choose_host()
-            if self.phase is Phase.CLOSED:
-                raise ContextClosedError(f"{connect!r}: the unit of work ended while its session was being opened")
+            self.check_open(connect)
             slot = slots[key] = self._new_slot(connect, host)
             return slot
         finally:
@@ -213,6 +216,14 @@ class Container:
                 self.slots[f"{key} handler"] = mine
             self.slots[key] = slot
         self._ahead = None
+
+
+def _outlived(connect: DBConnect[Any] | None) -> ContextClosedError:
+    what = "" if connect is None else f"{connect!r}: "
+    return ContextClosedError(
+        f"{what}this task outlived its unit of work; wrap what it does in 'async with db_context():', or start it with "
+        "run_in_new_ctx()"
+    )
 
 
 def hold_quietly(coroutine: Any) -> "asyncio.Task[Slot]":

@@ -109,25 +109,30 @@ def is_closed(connection: Any) -> bool:
     return bool(closed() if callable(closed) else closed)
 
 
-def cut(connection: Any) -> None:
+def cut(connection: Any) -> bool:
     """End this connection now, without a word to the server: what runs on it fails at once.
 
     Never a cancel request: a cancelled wait for a synchronous replica is acknowledged without being replicated (P7).
+
+    Returns:
+        Whether the connection is dead; False where there is no socket to cut and only the statement was interrupted.
     """
     if is_closed(connection):
-        return
+        return True
     if hasattr(connection, "terminate"):  # asyncpg
         connection.terminate()
     elif hasattr(connection, "pgconn"):  # psycopg
         with contextlib.suppress(OSError):
             _shut(connection.pgconn.socket)
-    elif hasattr(connection, "interrupt"):  # aiosqlite has no socket; its interrupt() never awaits
+    elif hasattr(connection, "interrupt"):  # aiosqlite; its interrupt() never awaits
         with contextlib.suppress(StopIteration, ValueError):
             connection.interrupt().send(None)
+        return False
     elif hasattr(connection, "close"):  # aiomysql, asyncmy: close() drops the transport
         closing = connection.close()
         if closing is not None:
             closing.close()
+    return True
 
 
 def discard(connection: Any) -> None:

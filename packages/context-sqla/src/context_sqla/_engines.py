@@ -155,7 +155,10 @@ def line_of(connection: Connection) -> Line | None:
     """Return the state of a connection, None once it is closed, lost, or where its engine is not watched."""
     if connection.closed or connection.invalidated:
         return None
-    line: Line | None = connection.info.get(KEY)
+    try:
+        line: Line | None = connection.info.get(KEY)
+    except NotImplementedError:  # the connection on which SQLAlchemy gets to know the database is none of the pool's yet
+        return None
     return line
 
 
@@ -225,7 +228,8 @@ def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
     line.cancelled = line.cancelled or cancelled
     if line.ended is not None:
         return None if cancelled else ContextClosedError(line.ended)
-    if cancelled and survives and not _drivers.is_closed(line.driver):
+    # A BEGIN that was cancelled may still be carried out: only where the driver knows of a transaction is a rollback sent.
+    if cancelled and survives and not _drivers.is_closed(line.driver) and _drivers.in_transaction(line.driver):
         context.is_disconnect = False
     return None
 

@@ -24,7 +24,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         if not transaction.nested:
             slot.began(connection)
     elif isinstance(slot, Refusal):
-        connection.close()  # it was being opened when the unit ended
+        slot.close_late()
         raise ContextClosedError(slot.message)
 
 
@@ -37,8 +37,12 @@ def _before_attach(session: Session, instance: object) -> None:
 
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
-    if (slot := _slot_of(session)) is not None and not session.in_nested_transaction():
-        slot.before()
+    slot = session.info.get(KEY)
+    if isinstance(slot, Slot):
+        if not session.in_nested_transaction():
+            slot.before()
+    elif isinstance(slot, Refusal):
+        raise ContextClosedError(slot.message)
 
 
 @event.listens_for(Session, "after_commit")

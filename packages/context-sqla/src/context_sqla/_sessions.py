@@ -188,8 +188,6 @@ def on_commit(callback: Callable[[], Awaitable[Any] | Any], *, connect: DBConnec
         ContextNotInitiatedError: called outside every unit of work.
     """
     unit = _unit(connect)
-    if unit.phase is Phase.CLOSED:
-        raise _outside(connect)
     slot = unit.slots.get(connect.context_key) if connect is not None else None
     if slot is not None:
         slot.on_commit(callback)
@@ -360,6 +358,7 @@ def _unit(connect: DBConnect[Any] | None) -> Unit:
     unit: Unit | None = current.get()
     if unit is None:
         raise _outside(connect)
+    unit.check_open(connect)
     return unit
 
 

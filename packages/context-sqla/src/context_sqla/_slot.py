@@ -1,12 +1,13 @@
 """One session of one unit: what is open on it, what runs on it, and how it ends."""
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import select
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, ResourceClosedError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -15,7 +16,7 @@ from . import _drivers
 from ._connect import DBConnect
 from ._engines import KEY, Line, line_of
 from ._policy import Policy
-from ._settle import logger, settle
+from ._settle import hold, logger, settle
 from .errors import ContextClosedError, SessionBusyError, _outcome_of
 
 __all__ = ["Prepared", "Refusal", "Slot"]
@@ -69,12 +70,22 @@ class Place(Protocol):
 class Refusal:
     """What a session carries whose unit has ended (P10)."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, session: AsyncSession) -> None:
         self.message = message
+        self._session = weakref.ref(session)
 
     def get_bind(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse every statement."""
         raise ContextClosedError(self.message)
+
+    def close_late(self) -> None:
+        """Close the session again, whose connection was still being opened when the unit ended."""
+        if (session := self._session()) is not None:
+            hold(self._close(session))
+
+    async def _close(self, session: AsyncSession) -> None:
+        await asyncio.sleep(0)  # the error of the statement is on its way out of the session
+        await session.close()
 
 
 class Slot:
@@ -114,6 +125,7 @@ class Slot:
         self._held: asyncio.TimerHandle | None = None
         self.place: Place | None = None  # in the transaction of a test
         self.evicted: str | None = None  # a unit around it had to end first
+        self._sending = False  # the unit itself is flushing
         self._owner: asyncio.Task[Any] | None = None
         self.sync.info[KEY] = self
 
@@ -135,7 +147,7 @@ class Slot:
         for _, line in self.lines:
             if line.running:
                 return True
-        if self.place is not None and self.place.is_taken():
+        if (self.place is not None and self.place.is_taken()) or getattr(self.sync, "_flushing", False):
             return True
         transaction = self.sync.get_nested_transaction() or self.sync.get_transaction()
         return getattr(transaction, "_current_fn", None) is not None
@@ -158,7 +170,7 @@ class Slot:
                 return line.failure
         return None
 
-    async def idle(self, timeout: float) -> bool:
+    async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -168,6 +180,8 @@ class Slot:
                 return False
             await asyncio.sleep(pause)
             pause = min(0.02, pause + 0.001)
+            if at_each_turn is not None:
+                at_each_turn()
         return True
 
     # How it ends
@@ -196,7 +210,11 @@ class Slot:
     async def flush(self) -> None:
         """Send what is pending, so that its errors surface before anything is committed (P9)."""
         if self.dirty:
-            await self.session.flush()
+            self._sending = True
+            try:
+                await self.session.flush()
+            finally:
+                self._sending = False
 
     async def ask_hooks(self) -> None:
         """Await everything that may refuse this commit (P14)."""
@@ -226,6 +244,7 @@ class Slot:
 
     async def commit(self) -> None:
         """Commit; at `commit_timeout` the connection is cut and the outcome is in doubt (P7)."""
+        self._sending = True
         self.arm(self.connect.commit_timeout)
         lines = [line for _, line in self.lines]
         try:
@@ -236,6 +255,7 @@ class Slot:
                 exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
             raise
         finally:
+            self._sending = False
             self.disarm()
 
     async def rollback(self) -> None:
@@ -264,26 +284,29 @@ class Slot:
 
     async def abandon(self, reason: str) -> None:
         """Give the connection up: cut it, let the statement that runs on it fail, and forget it."""
-        self.cut(f"{self.connect!r}: the connection was cut because its unit ended: {reason}; {REMEDY}")
-        await self.idle(min(1.0, self.connect.cleanup_timeout))
+        told = f"{self.connect!r}: the connection was cut because its unit ended: {reason}; {REMEDY}"
+        dead = self.cut(told)
+        await self.idle(min(1.0, self.connect.cleanup_timeout), lambda: self.cut(told))
         self.arm(self.connect.cleanup_timeout)
         try:
-            await self.session.invalidate()
-        except ResourceClosedError:
-            pass  # `_after_begin` was quicker
+            if not dead and not self.busy:
+                await self.session.rollback()
+            else:
+                await self.session.invalidate()
         except Exception:
             if not self.busy:
-                logger.exception("%r: a connection that was cut could not be invalidated", self.connect)
+                logger.exception("%r: a connection that was cut could not be given up", self.connect)
+                self.sync.invalidate()
         finally:
             self.disarm()
 
-    def cut(self, reason: str) -> None:
-        """End the connections of the open transaction now."""
-        if self.shared:
-            return  # the connection is the test's
-        for _, line in self.lines:
+    def cut(self, reason: str) -> bool:
+        """End the connections of the open transaction now, and return whether they are dead."""
+        dead = True
+        for _, line in self.lines if not self.shared else ():  # a shared connection is the test's
             line.ended = line.ended or reason
-            _drivers.cut(line.driver)
+            dead = _drivers.cut(line.driver) and dead
+        return dead
 
     async def end(self) -> None:
         """Close the session; it is refused already."""
@@ -298,7 +321,7 @@ class Slot:
     def refuse(self, message: str) -> None:
         """Let the session take nothing any more, and forget this slot (a cycle would keep both from being freed)."""
         self.ended = message
-        refusal = Refusal(message)
+        refusal = Refusal(message, self.session)
         self.sync.info[KEY] = refusal
         self.sync.get_bind = refusal.get_bind  # type: ignore[method-assign]
 
@@ -333,13 +356,19 @@ class Slot:
             self.disarm()
 
     def _get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        if self._owner is not None and asyncio.current_task() is not self._owner:
+        if self._is_stranger():
             raise SessionBusyError(
                 f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
             )
         if self.evicted is not None or (self.place is not None and self.place.is_taken()):
             raise SessionBusyError(self.evicted or f"{self.connect!r}: another unit has the test's connection; {REAL_COMMITS}")
         return type(self.sync).get_bind(self.sync, *args, **kwargs)
+
+    def _is_stranger(self) -> bool:
+        """Whether this statement comes too late; those of a flush that was going on already belong together (P7a)."""
+        if self._owner is None or asyncio.current_task() is self._owner:
+            return False
+        return self._sending or not getattr(self.sync, "_flushing", False)
 
     # Limits in time
 
