@@ -1,6 +1,7 @@
 """What the examples share: serve an application with uvicorn, or make its requests over real HTTP and compare the answers."""
 
 import argparse
+import contextlib
 import json
 import secrets
 import socket
@@ -30,7 +31,8 @@ def main(app: Any) -> None:
     print(f"  curl -i -X POST '{address}/users?name=Ada'   # 201; the second time 409")
     print(f"  curl '{address}/users'")
     print(f"  curl '{address}/stats'\n", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
 def check(app: Any) -> int:

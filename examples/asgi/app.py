@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -25,10 +25,15 @@ from context_sqla import (
     on_commit,
     run_in_new_ctx,
 )
-from context_sqla_asgi import Message, Receive, Scope, Send, setup
+from context_sqla_asgi import setup
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
 db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")

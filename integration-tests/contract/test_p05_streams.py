@@ -1137,6 +1137,86 @@ def _fastapi_file(db: Any, path: Path, work: Any) -> Any:
     return app
 
 
+class _Unfinished:
+    """A response that sends a piece and returns as if it were done: an ASGI application that forgets its last message."""
+
+    def __init__(self, write: Any) -> None:
+        self.write = write
+        self.background = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await self.write("body")
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+
+
+def _asgi_unfinished(db: Any, write: Any) -> Any:
+    from context_sqla_asgi import setup
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            for kind in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{kind}.complete"})
+            return
+        await write("handler")
+        await _Unfinished(write)(scope, receive, send)
+
+    return setup(app, db)
+
+
+def _starlette_unfinished(db: Any, write: Any) -> Any:
+    from context_sqla_starlette import setup
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.routing import Route as StarletteRoute
+
+    async def endpoint(request: Request) -> Any:
+        await write("handler")
+        return _Unfinished(write)
+
+    app = Starlette(routes=[StarletteRoute("/", endpoint)])
+    setup(app, db)
+    return app
+
+
+def _fastapi_unfinished(db: Any, write: Any) -> Any:
+    from context_sqla_fastapi import setup
+    from fastapi import FastAPI
+    from fastapi.responses import Response
+
+    class Unfinished(_Unfinished, Response):
+        pass
+
+    app = FastAPI()
+
+    @app.get("/", response_class=Unfinished)
+    async def endpoint() -> Any:
+        await write("handler")
+        return Unfinished(write)
+
+    setup(app, db)
+    return app
+
+
+_UNFINISHED = {"asgi": _asgi_unfinished, "starlette": _starlette_unfinished, "fastapi": _fastapi_unfinished}
+
+
+@pytest.mark.wire
+async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, framework, stack):
+    """An application that returns without an error and without its last piece has its body rolled back (P5)."""
+    app = _UNFINISHED[stack.framework](db, lambda name: insert(db, name))
+
+    async with _native(app, framework, stack) as service, service.connect() as connection:
+        await connection.send("GET", "/")
+        await connection.head()
+        await connection.chunk()
+        await until(lambda: bench.databases.checked_out() == 0)
+        connection.abort()
+
+    assert await ledger.names() == ["handler"]
+
+
 _FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file}
 
 
@@ -1205,7 +1285,9 @@ KINDS = pytest.mark.parametrize("kind", ["events", "lines", "raw"])
 
 
 @contextlib.asynccontextmanager
-async def _generator_endpoint(kind: str, serve: Any, db: Any, generate: Any, framework: Any, stack: Any) -> AsyncIterator[Service]:
+async def _generator_endpoint(
+    kind: str, serve: Any, db: Any, generate: Any, framework: Any, stack: Any
+) -> AsyncIterator[Service]:
     """Serve an endpoint that writes "handler" and then streams what ``generate()`` yields.
 
     In FastAPI the generator is the endpoint itself and a dependency writes; elsewhere it is the body of a response.

@@ -4,7 +4,15 @@ import asyncio
 import logging
 
 import pytest
-from context_sqla import DBConnect, commit_db_session, committed_connects, db_context, db_session, is_in_doubt, rollback_db_session
+from context_sqla import (
+    DBConnect,
+    commit_db_session,
+    committed_connects,
+    db_context,
+    db_session,
+    is_in_doubt,
+    rollback_db_session,
+)
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from support.proxy import proxy
@@ -500,7 +508,11 @@ async def test_one_phase_commits_come_between_prepare_and_commit_prepared(connec
         await insert(two, "b")
         await insert(db, "a")
 
-    assert [one for one in seen if one[1] != "insert"] == [("two", "prepare_twophase"), ("db", "commit"), ("two", "commit_twophase")]
+    assert [one for one in seen if one[1] != "insert"] == [
+        ("two", "prepare_twophase"),
+        ("db", "commit"),
+        ("two", "commit_twophase"),
+    ]
     assert (await ledger.names(), await other_database.ledger.names()) == (["a"], ["b"])
 
 
@@ -551,7 +563,9 @@ async def test_database_that_comes_back_gets_its_decision(serve, bench, connect,
     async with _network(there) as network:
         two = await connect("two", database=there, host=network.host, twophase=True)
         attempts = []
-        two.engine_created.append(lambda engine, host: event.listen(engine.sync_engine, "do_connect", lambda *_: attempts.append(1)))
+        two.engine_created.append(
+            lambda engine, host: event.listen(engine.sync_engine, "do_connect", lambda *_: attempts.append(1))
+        )
 
         async def handler(request):
             await insert(two, "b")
@@ -597,7 +611,9 @@ async def test_database_that_stays_away_is_reported(serve, connect, other, ledge
         gids = await ledger.prepared()
         network.cut()
         await service.stop()
-    lines = [record.getMessage() for record in caplog.records if record.name == "context_sqla" and record.levelno == logging.ERROR]
+    lines = [
+        record.getMessage() for record in caplog.records if record.name == "context_sqla" and record.levelno == logging.ERROR
+    ]
     await ledger.execute(f"COMMIT PREPARED '{gids[0]}'")
 
     assert answer.status == 500
@@ -717,7 +733,9 @@ async def test_prepared_connect_that_cannot_be_rolled_back_is_reported(connect, 
             network.cut()
         exc = await failing
         await two.close()
-    errors = [record.getMessage() for record in caplog.records if record.name == "context_sqla" and record.levelno == logging.ERROR]
+    errors = [
+        record.getMessage() for record in caplog.records if record.name == "context_sqla" and record.levelno == logging.ERROR
+    ]
     left = await other_database.ledger.prepared()
     await other_database.ledger.execute(f"ROLLBACK PREPARED '{gids[0]}'")
 

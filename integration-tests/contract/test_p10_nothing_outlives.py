@@ -15,11 +15,11 @@ from context_sqla import (
     db_session,
     is_context_initiated,
     keep_transaction,
-    on_commit,
     put_db_session_to_context,
     run_in_new_ctx,
 )
-from sqlalchemy import event, insert as insert_into, select, text
+from sqlalchemy import event, select, text
+from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import SQLAlchemyError
 from support.deadline import until
 from support.rows import insert
@@ -45,7 +45,9 @@ async def _outcomes(tasks: "list[asyncio.Task[Any]]") -> list[Any]:
 
 # Units of every kind, and how they end
 
-KINDS = pytest.mark.parametrize("kind", ["2xx", "4xx", "exception", "body", "background", "db_context", "failing db_context", "new ctx"])
+KINDS = pytest.mark.parametrize(
+    "kind", ["2xx", "4xx", "exception", "body", "background", "db_context", "failing db_context", "new ctx"]
+)
 
 
 async def _run(kind: str, serve: Any, start: Work) -> None:
@@ -101,7 +103,7 @@ async def test_late_task_that_asks_is_told_what_to_do(serve, db, kind):
     [outcome] = await _outcomes(late)
 
     assert type(outcome) is ContextClosedError
-    assert all(word in str(outcome) for word in ("db_context()", "run_in_new_ctx()", "db"))
+    assert all(word in str(outcome) for word in (repr(db), "db_context()", "run_in_new_ctx()"))
 
 
 @KINDS
@@ -383,10 +385,6 @@ async def _atomic(db):
         pass
 
 
-async def _on_commit(db):
-    on_commit(lambda: None)
-
-
 async def _put(db):
     session = await db.create_session()
     try:
@@ -455,7 +453,7 @@ async def test_statement_in_flight_at_a_rollback_gets_a_clear_error(serve, conne
 
     assert (answer.status, following.status) == (409 if how == "4xx" else 500, 200)
     assert type(outcome) is ContextClosedError
-    assert all(word in str(outcome) for word in ("db_context()", "run_in_new_ctx()"))
+    assert all(word in str(outcome) for word in (repr(db), "db_context()", "run_in_new_ctx()"))
     assert pids[0] != pids[1]
     assert await ledger.names() == []
 

@@ -578,7 +578,7 @@ async def test_alternation_at_ten_hertz_under_load(serve, connect, bench, hosts)
 
     service = await serve(handler)
     async with _load(service, 50) as statuses:
-        for number in range(10):
+        for number in range(13):  # for longer than the grace
             await db.change_host(hosts.both[(number + 1) % 2])
             await asyncio.sleep(0.1)  # the load itself, no waiting for anything
 

@@ -89,7 +89,14 @@ async def _script(database, body: str, *, strict: bool = True) -> Ended:
     url = database.url().render_as_string(hide_password=False)
     arguments = (url, json.dumps(_ARGUMENTS[database.driver]))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", f"{'error' if strict else 'ignore'}::ResourceWarning", "-c", _PRELUDE + textwrap.dedent(body), *arguments),
+        *(
+            sys.executable,
+            "-W",
+            f"{'error' if strict else 'ignore'}::ResourceWarning",
+            "-c",
+            _PRELUDE + textwrap.dedent(body),
+            *arguments,
+        ),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -319,7 +326,20 @@ async def test_tests_with_a_loop_of_their_own(database, ledger, tmp_path):
         """)
     )
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin", "-o", "asyncio_mode=auto"),
+        *(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-W",
+            "error",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "pytest_asyncio.plugin",
+            "-o",
+            "asyncio_mode=auto",
+        ),
         *("-o", "asyncio_default_fixture_loop_scope=function", "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -167,6 +167,22 @@ async def test_ping_that_is_cancelled_leaves_nothing(connect, bench):
     await until(lambda: bench.databases.checked_out() == 0)
 
 
+@pytest.mark.postgresql
+async def test_ping_that_is_cancelled_while_the_database_hangs_leaves_nothing(connect, database, bench):
+    """A probe that is cancelled before its ``timeout`` does not go on waiting for a database that has hung (P16)."""
+    async with _network(database) as network:
+        db = await connect("db", host=network.host)
+        await _use(db)
+        trap = network.hold_at(b"SELECT")
+        asked = asyncio.create_task(db.ping(timeout=600))
+        await asyncio.wait_for(trap.sprung.wait(), 10)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await until(lambda: bench.databases.checked_out() == 0, deadline=3)
+        await db.close()
+
+
 async def test_ping_asks_the_host_that_the_handler_chooses(connect, database):
     """``ping`` asks the host on which the next session would be made, and leaves ``connect.host`` alone (P16)."""
 
@@ -319,6 +335,7 @@ async def test_request_is_named_by_its_route(serve, connect, caplog, framework, 
 async def test_quick_request_is_not_named(serve, connect, caplog):
     """A request that gives its connection back in time is not logged, also if it goes on for long without it (P16)."""
     db = await connect("db", warn_held_after=0.3)
+    committed = asyncio.Event()
 
     async def quick(request):
         await insert(db, "a")
@@ -327,6 +344,7 @@ async def test_quick_request_is_not_named(serve, connect, caplog):
     async def commits(request):
         await insert(db, "b")
         await commit_db_session(db)
+        committed.set()
         await until(lambda: _warnings(caplog))
         return Answer(200)
 
@@ -338,7 +356,7 @@ async def test_quick_request_is_not_named(serve, connect, caplog):
     service = await serve(Route("/quick", quick), Route("/commits", commits), Route("/slow", slow))
     answers = [await service.post("/quick")]
     committing = asyncio.create_task(service.post("/commits"))
-    await until(lambda: db.pool_status().checked_out == 0)
+    await asyncio.wait_for(committed.wait(), 10)
     answers += [await service.post("/slow"), await committing]
     lines = _warnings(caplog)
 

@@ -26,8 +26,18 @@ from support.wire import Address
 
 ROLE = "secretive"
 #: Everything that has a meaning in a URL, a connection string or a format; each piece is looked for as well.
+PLAIN = "Xq7:wZ:k9/Vb"
 SECRET = "Xq7@wZ:k9/Vb#%41?=& +'\"\\{}%sJ"
-FORMS = (SECRET, quote(SECRET), quote(SECRET, safe=""), quote_plus(SECRET), SECRET.encode("unicode_escape").decode(), "Xq7", "wZ:k9", "k9/Vb", "sJ\"")
+FORMS = (
+    SECRET,
+    quote(SECRET),
+    quote(SECRET, safe=""),
+    quote_plus(SECRET),
+    SECRET.encode("unicode_escape").decode(),
+    "Xq7",
+    "wZ:k9",
+    "k9/Vb",
+)
 
 
 class Ear:
@@ -134,7 +144,9 @@ async def test_default_name_is_no_url(secretive, ear):
 @pytest.mark.postgresql
 async def test_url_as_a_host_is_masked(database, ear):
     """Factories that take a whole URL for a host: the password in it is in no repr, status or error (P20)."""
-    url = URL.create(f"postgresql+{database.driver}", ROLE, SECRET, "nowhere.invalid", 1, "first").render_as_string(hide_password=False)
+    url = URL.create(f"postgresql+{database.driver}", ROLE, SECRET, "nowhere.invalid", 1, "first").render_as_string(
+        hide_password=False
+    )
     db = DBConnect(create_async_engine, lambda engine: None, url, name="db")
     ear.hear(db, db.pool_status())
     with pytest.raises(Exception) as caught:
@@ -155,24 +167,31 @@ async def test_url_given_for_a_host_by_mistake_is_not_repeated(ear):
     assert ear.secrets == []
 
 
+@pytest.mark.parametrize("secret", [quote(SECRET, safe=""), PLAIN], ids=["quoted", "raw"])
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql+nosuchdriver://app:{}@db1/app",
-        "nosuchdatabase://app:{}@db1/app",
-        "postgresql+psycopg2://app:{}@db1/app",
-        "postgresql://app:{}@db1/app",
-        "postgresql+asyncpg://app:{}@db1:port/app",
-        "postgresql+asyncpg//app:{}@db1/app",
-        "app:{}@db1/app",
+        pytest.param("postgresql+nosuchdriver://app:{}@db1/app", id="unknown-driver"),
+        pytest.param("nosuchdatabase://app:{}@db1/app", id="unknown-database"),
+        pytest.param("postgresql+psycopg2://app:{}@db1/app", id="sync-driver"),
+        pytest.param("postgresql+asyncpg://app:{}@db1:port/app", id="port"),
+        pytest.param("postgresql+asyncpg//app:{}@db1/app", id="colon"),
+        pytest.param("app:{}@db1/app", id="scheme"),
     ],
 )
-@pytest.mark.parametrize("quoted", [True, False], ids=["quoted", "raw"])
-async def test_url_that_cannot_be_used_is_not_repeated(ear, url, quoted):
+async def test_url_that_cannot_be_used_is_not_repeated(ear, url, secret):
     """A URL with a mistake in it is refused by an error that does not have the password (P20)."""
     with pytest.raises(Exception) as caught:
-        DBConnect.from_url(url.format(quote(SECRET, safe="") if quoted else "Xq7:wZ:k9/Vb"))
+        DBConnect.from_url(url.format(secret))
     ear.hear(caught.value)
+
+    assert ear.secrets == []
+
+
+async def test_slash_in_the_user_is_not_the_name(ear):
+    """A URL that is read otherwise than it was meant does not put the password into the connect's name (P20)."""
+    db = DBConnect.from_url(f"postgresql+asyncpg://us/er:{quote(SECRET, safe='')}@db1/app")
+    ear.hear(db)
 
     assert ear.secrets == []
 
@@ -348,6 +367,7 @@ async def test_misuse_says_no_password(secretive, ear, ledger):
     """Every error for a use that is not allowed names the connect, and no password (P19, P20)."""
     db = secretive(name="db", engine_options={"pool_size": 1}, cleanup_timeout=0.02, handler_timeout=0.02)
     errors = []
+    tasks = []
 
     async def attempt(work):
         try:
@@ -356,13 +376,11 @@ async def test_misuse_says_no_password(secretive, ear, ledger):
             errors.append(exc)
 
     async def busy():
-        async with db_context():
-            await insert(db, "a")
-            async with ledger.lock():
-                task = asyncio.create_task(attempt(lambda: insert(db, "b")))
-                await ledger.waiting()
-                raise LookupError("while a statement is running")
-        await task
+        async with ledger.lock(), db_context():
+            task = asyncio.create_task(attempt(lambda: insert(db, "b")))
+            await ledger.waiting()
+            tasks.append(task)
+            raise LookupError("while a statement is running")
 
     async def outlived():
         async with db_context():
@@ -380,6 +398,7 @@ async def test_misuse_says_no_password(secretive, ear, ledger):
     await attempt(lambda: db_session(db))
     await attempt(outlived)
     await attempt(busy)
+    await asyncio.wait(tasks)
     await attempt(close)
     await attempt(lambda: db.change_host(" "))
     db.before_create_session_handler = never

@@ -71,9 +71,9 @@ def test_each_installs_alone_and_imports(dist, package, tmp_path):
 
 
 def sources(package):
-    """Return the files of a package, relative to its `src`."""
+    """Return what of a package is to be shipped, relative to its `src`: no cache that a tool left there."""
     src = ROOT / "packages" / package / "src"
-    return {path.relative_to(src) for path in src.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    return {path.relative_to(src) for path in [*src.rglob("*.py"), *src.rglob("py.typed")]}
 
 
 def the_file(dist, package, ending):

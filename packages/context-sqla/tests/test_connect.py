@@ -352,7 +352,9 @@ async def test_options_of_the_connect_go_through(url):
         assert {name: getattr(connect, name) for name in options} == options
 
 
-@pytest.mark.parametrize("make", [lambda url, **options: DBConnect.from_url(url, **options), lambda url, **options: DBConnect(print, print, **options)])
+@pytest.mark.parametrize(
+    "make", [lambda url, **options: DBConnect.from_url(url, **options), lambda url, **options: DBConnect(print, print, **options)]
+)
 def test_unknown_option_is_a_type_error(url, make):
     """A misspelt option is refused."""
     with pytest.raises(TypeError, match="drain_timeuot"):
@@ -619,7 +621,9 @@ async def test_error_in_a_committed_hook_is_logged(db, caplog):
     records = [record for record in caplog.records if record.name == "context_sqla"]
 
     assert told == ["local"]
-    assert [(record.levelno, "'db'" in record.getMessage(), bool(record.exc_info)) for record in records] == [(logging.ERROR, True, True)]
+    assert [(record.levelno, "'db'" in record.getMessage(), bool(record.exc_info)) for record in records] == [
+        (logging.ERROR, True, True)
+    ]
 
 
 # close

@@ -3,23 +3,23 @@
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from context_sqla import DBConnect
 from context_sqla.adapters import close_connects
 
-from ._types import ASGIApp, Message, Receive, Scope, Send
+from ._wire import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["closing", "run_lifespan"]
-
-_STARTED = "lifespan.startup.complete"
-_STOPPED = "lifespan.shutdown.complete"
-_ANSWERS = frozenset({_STARTED, _STOPPED, "lifespan.startup.failed", "lifespan.shutdown.failed"})
+_STARTED, _STOPPED = "lifespan.startup.complete", "lifespan.shutdown.complete"
 
 
 @asynccontextmanager
 async def closing(*connects: DBConnect[Any]) -> AsyncIterator[None]:
     """Close the connects at the end of the block, however it ends.
+
+    Args:
+        connects: all that the block uses.
 
     Raises:
         Exception: the block's own, with errors of the closing as notes (P8), or else the first error of the closing.
@@ -27,7 +27,10 @@ async def closing(*connects: DBConnect[Any]) -> AsyncIterator[None]:
     try:
         yield
     except BaseException as error:
-        await _close_after(error, connects)
+        try:
+            await close_connects(*connects)
+        except Exception as failed:  # noqa: BLE001 - P8: the error that came before wins
+            error.add_note("".join(traceback.format_exception(failed)))
         raise
     await close_connects(*connects)
 
@@ -36,80 +39,35 @@ async def run_lifespan(app: ASGIApp, connects: tuple[DBConnect[Any], ...], scope
     """Run an application's lifespan and close the connects at its end; answer for an application that has none.
 
     Raises:
-        Exception: the application's own, if it had begun to answer, or that of the closing.
+        Exception: the application's own, if it had begun to take part, or that of the closing.
     """
-    lifespan = _Lifespan(connects, receive, send)
-    try:
-        await app(scope, lifespan.receive, lifespan.send)
-    except BaseException as error:
-        # An application that refuses this type of scope has no lifespan. One that had received its startup has one, and failed.
-        if lifespan.asked or not isinstance(error, Exception):
-            await lifespan.give_up(error)
-            raise
-    await lifespan.answer_the_rest()
+    said = 0  # by the server and by the application, in turns
 
+    async def hear() -> Message:
+        nonlocal said
+        said += 1
+        return await receive()
 
-class _Lifespan:
-    """The messages of one lifespan, on their way between server and application."""
-
-    __slots__ = ("_connects", "_receive", "_send", "answered", "asked", "failed")
-
-    def __init__(self, connects: tuple[DBConnect[Any], ...], receive: Receive, send: Send) -> None:
-        self.asked: str | None = None
-        self.answered: str | None = None
-        self.failed: Exception | None = None
-        self._connects = connects
-        self._receive = receive
-        self._send = send
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self.asked = message["type"]
-        return message
-
-    async def send(self, message: Message) -> None:
+    async def answer(message: Message) -> None:
+        nonlocal said
         kind = message["type"]
-        if kind not in _ANSWERS:
-            raise RuntimeError(f"{kind!r} is no answer to a lifespan message")
-        if kind != _STARTED:
-            try:
-                await close_connects(*self._connects)
-            except Exception as error:  # noqa: BLE001 - the server is told first, then it is raised
-                self.failed = error
-                message = _failed(message, error)
-        self.answered = kind
-        await self._send(message)
-        if self.failed is not None and kind == _STOPPED:
-            raise self.failed
+        assert kind.startswith("lifespan."), f"{kind!r} is no answer to a lifespan message"
+        said += 4 if kind.endswith("failed") else 1  # nothing follows a failure
+        try:
+            await close_connects(*(connects if kind != _STARTED else ()))
+        except Exception:
+            # Servers log the text; the exception alone would tell some of them that there is no lifespan.
+            text = f"{message.get('message', '')}\n{traceback.format_exc()}".lstrip()
+            await send({"type": kind.replace("complete", "failed"), "message": text})
+            raise
+        await send(message)
 
-    async def give_up(self, error: BaseException) -> None:
-        if self.answered in (None, _STARTED):
-            await _close_after(error, self._connects)
-
-    async def answer_the_rest(self) -> None:
-        if self.asked is None:
-            await self.receive()
-        if self.answered is None:
-            await self.send({"type": _STARTED})
-        if self.answered == _STARTED:
-            if self.asked != "lifespan.shutdown":
-                await self.receive()
-            await self.send({"type": _STOPPED})
-        if self.failed is not None:
-            raise self.failed
-
-
-async def _close_after(error: BaseException, connects: tuple[DBConnect[Any], ...]) -> None:
-    """Close the connects; what fails is a note of the error that came before (P8)."""
     try:
-        await close_connects(*connects)
-    except Exception as failed:  # noqa: BLE001 - P8: the error that came before wins
-        error.add_note("".join(traceback.format_exception(failed)))
-
-
-def _failed(message: Message, error: Exception) -> Message:
-    """Turn the answer into one that tells the server, which logs it, why the closing failed."""
-    text = "".join(traceback.format_exception(error))
-    if before := message.get("message"):
-        text = f"{before}\n{text}"
-    return {"type": message["type"].replace("complete", "failed"), "message": text}
+        await app(scope, hear, answer)
+    except BaseException as error:
+        # An application that refuses this type of scope has no lifespan; one that listened to its startup has one, and failed.
+        if said or not isinstance(error, Exception):
+            async with closing(*(connects if said < 4 else ())):
+                raise
+    for step in (hear, partial(answer, {"type": _STARTED}), hear, partial(answer, {"type": _STOPPED}))[said:]:
+        await step()

@@ -1,44 +1,25 @@
-"""The middleware that gives each HTTP request its unit of work."""
+"""The middleware that gives each HTTP request its unit of work, in one part or in two."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from context_sqla import DBConnect
 from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, hidden_unit, retry_after_header
 from context_sqla.errors import UnavailableError
 
 from ._lifespan import run_lifespan
-from ._types import ASGIApp, Receive, Scope, Send
-from ._wire import SCOPE_KEY, Wire, wire_of
+from ._wire import SCOPE_KEY, ASGIApp, Receive, Scope, Send, Wire
 
-__all__ = [
-    "ASGIHTTPDBSessionMiddleware",
-    "Answer",
-    "CommitPoint",
-    "UnitMiddleware",
-    "Watch",
-    "answer_unavailable",
-    "request_label",
-    "setup",
-]
-
-Answer: TypeAlias = Callable[[Exception, Scope, Wire], Awaitable[bool]]
-"""An async function that may answer, through the wire, an exception that came before any head; returns whether it did."""
-
-Watch: TypeAlias = Callable[[Unit, Scope], None]
-"""A function that is called with the unit of each request before the application runs, in the task in which it runs."""
+Rule: TypeAlias = Callable[[int], bool]
+"""Takes the status of a response and returns whether what its request wrote is committed; the default is "below 400" (P3)."""
 
 
 def setup(
-    app: ASGIApp,
-    *connects: DBConnect[Any],
-    should_commit: Callable[[int], bool] | None = None,
-    before_commit: BeforeCommitCallback | None = None,
+    app: ASGIApp, *connects: DBConnect[Any], should_commit: Rule | None = None, before_commit: BeforeCommitCallback | None = None
 ) -> ASGIApp:
     """Return the application with a unit of work for each HTTP request (P3, P4, P5).
-
-    An application that lets `UnavailableError` escape before its head answers 503 with `Retry-After`.
 
     Args:
         app: any ASGI application; it need not support the lifespan protocol.
@@ -46,82 +27,66 @@ def setup(
         should_commit: takes the status; replaces the rule "below 400 commits".
         before_commit: awaited before each session's commit; refuses it by raising.
     """
-    return UnitMiddleware(app, Policy(should_commit, before_commit), connects=connects)
-
-
-async def answer_unavailable(error: Exception, scope: Scope, wire: Wire) -> bool:
-    """Answer an `UnavailableError` with 503 and `Retry-After`; the unit rolls back."""
-    if not isinstance(error, UnavailableError):
-        return False
-    body = b"Service Unavailable"
-    headers = [
-        (b"content-type", b"text/plain; charset=utf-8"),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", retry_after_header(error).encode()),
-    ]
-    await wire.send({"type": "http.response.start", "status": 503, "headers": headers})
-    await wire.send({"type": "http.response.body", "body": body})
-    return True
+    whole = ASGIHTTPDBSessionMiddleware(app, before_commit, should_commit=should_commit)
+    whole.lifespan = partial(run_lifespan, app, connects) if connects else app
+    return whole
 
 
 def request_label(scope: Scope) -> str:
-    """Return "METHOD /path"."""
-    return f"{scope['method']} {scope['path']}"
+    """Return "METHOD /path", with the names of the path's parameters where the framework has noted them in the scope."""
+    path: str = scope["path"]
+    names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
+    return f"{scope['method']} {'/'.join(names.get(part, part) for part in path.split('/'))}"
 
 
-class UnitMiddleware:
-    """Give each HTTP request a unit of work, and hide every unit from the other scopes (P11, P12).
+async def _answer_unavailable(error: Exception, scope: Scope, wire: Wire) -> bool:
+    if not isinstance(error, UnavailableError):
+        return False
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", retry_after_header(error).encode())]
+    await wire.send({"type": "http.response.start", "status": 503, "headers": headers})
+    await wire.send({"type": "http.response.body", "body": b"Service Unavailable"})
+    return True
 
-    The outer part of an adapter: errors of a commit are raised out of `send`, where it stands. A `CommitPoint` further in
-    raises them there.
+
+class ASGIHTTPDBSessionMiddleware:
+    """Give each HTTP request of any ASGI application a unit of work (P3, P4, P5), and hide units from other scopes (P11).
+
+    Around a framework it cannot let the framework's handlers answer an error of the commit (P4b): that error is raised to the
+    server as it is. The framework's own adapter can. An `UnavailableError` that escapes before the head is answered with 503.
 
     Args:
         app: the application.
-        policy: when to commit.
-        connects: closed at the end of the lifespan.
-        label: names a request in log lines; called late.
-        answer: may answer an exception that escapes before a head was sent; it then counts as handled.
-        watch: called with the unit of each request, for example to set its `runs_ahead`.
+        before_commit: awaited before each session's commit; refuses it by raising.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+
+    Attributes:
+        lifespan: what runs in a lifespan scope: the application, unless an adapter puts something around it.
+        answer: may answer, through the wire, an exception that escapes before any head; returns whether it did. The exception
+            then counts as handled. For adapters to replace.
     """
 
+    answer: ClassVar["staticmethod[[Exception, Scope, Wire], Awaitable[bool]]"] = staticmethod(_answer_unavailable)
+
     def __init__(
-        self,
-        app: ASGIApp,
-        policy: Policy,
-        *,
-        connects: tuple[DBConnect[Any], ...] = (),
-        label: Callable[[Scope], str] = request_label,
-        answer: Answer = answer_unavailable,
-        watch: Watch | None = None,
+        self, app: ASGIApp, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
     ) -> None:
         self.app: ASGIApp = app
-        self._policy = policy
-        self._connects = connects
-        self._label = label
-        self._answer = answer
-        self._watch = watch
+        self.lifespan: ASGIApp = app
+        self._policy = Policy(should_commit, before_commit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or SCOPE_KEY in scope:
             await self._pass(scope, receive, send)
             return
-        unit = Unit.enter(self._policy, partial(self._label, scope))
+        unit = Unit.enter(self._policy, partial(request_label, scope))
         wire = scope[SCOPE_KEY] = Wire(unit, scope.get("app"), receive, send)
         error: BaseException | None = None
         try:
-            if self._watch is not None:
-                self._watch(unit, scope)
-            try:
-                await self.app(scope, wire.receive, wire.send)
-            except Exception:
-                if wire.failed is None:
-                    raise
-            if wire.failed is not None:
-                raise wire.failed  # noqa: TRY301 - whatever the application made of it on its way (P4)
+            await wire.run(self.app, scope)
             error = wire.late
         except BaseException as exc:
             error = exc
-            if wire.started or not isinstance(exc, Exception) or not await self._answer(exc, scope, wire):
+            if wire.head is not None or not isinstance(exc, Exception) or not await self.answer(exc, scope, wire):
                 raise
             error = None
         finally:
@@ -129,80 +94,45 @@ class UnitMiddleware:
             await unit.close(error)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self.app(scope, receive, send)
-            return
-        with hidden_unit():
-            if scope["type"] == "lifespan" and self._connects:
-                await run_lifespan(self.app, self._connects, scope, receive, send)
-            else:
-                await self.app(scope, receive, send)
-
-
-class ASGIHTTPDBSessionMiddleware(UnitMiddleware):
-    """Give each HTTP request of any ASGI application a unit of work (P3, P4, P5).
-
-    Around a framework it cannot let the framework's handlers answer an error of the commit (P4b): that error is raised to the
-    server as it is. The framework's own adapter can.
-
-    Args:
-        app: the application.
-        before_commit: awaited before each session's commit; refuses it by raising.
-        should_commit: takes the status; replaces the rule "below 400 commits".
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        before_commit: BeforeCommitCallback | None = None,
-        *,
-        should_commit: Callable[[int], bool] | None = None,
-    ) -> None:
-        super().__init__(app, Policy(should_commit, before_commit))
+        with nullcontext() if scope["type"] == "http" else hidden_unit():
+            await (self.lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
 
 
 class CommitPoint:
-    """Decide about a request's unit here, further in than the `UnitMiddleware` that opened it (P4b).
+    """Decide about a request's unit here, further in than the middleware that opened it (P4b).
 
     The inner part of an adapter: middleware between the two may buffer or copy the response, and its error handling stands
     around the commit. Where no unit was opened it does nothing.
 
     Args:
         app: the application.
-        answer: may answer an exception that escapes before a head was sent, in particular the commit's (`wire.failed`).
-        watch: called with the unit of each request, for example to set its `runs_ahead`.
+
+    Attributes:
+        answer: as in `ASGIHTTPDBSessionMiddleware`; the error of the commit is `wire.failed`. For adapters to replace.
+        watch: called with the unit of each request before the application runs, in the same task. For adapters to set.
     """
 
-    def __init__(self, app: ASGIApp, *, answer: Answer, watch: Watch | None = None) -> None:
+    answer: ClassVar["staticmethod[[Exception, Scope, Wire], Awaitable[bool]]"] = staticmethod(_answer_unavailable)
+    watch: "ClassVar[staticmethod[[Unit, Scope], None] | None]" = None
+
+    def __init__(self, app: ASGIApp) -> None:
         self.app: ASGIApp = app
-        self._answer = answer
-        self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outer = wire_of(scope)
+        outer: Wire | None = scope.get(SCOPE_KEY)
         if outer is None:
             await self.app(scope, receive, send)
             return
-        if self._watch is not None:
-            self._watch(outer.unit, scope)
+        if self.watch is not None:
+            self.watch(outer.unit, scope)
         wire = Wire(outer.unit, scope.get("app"), receive, send)
         try:
-            try:
-                await self.app(scope, wire.receive, wire.send)
-            except Exception:
-                if wire.failed is None:
-                    raise
-            if wire.failed is not None:
-                raise wire.failed  # noqa: TRY301 - whatever the application made of it on its way (P4)
+            await wire.run(self.app, scope)
         except Exception as error:
-            if not await self._is_answered(error, scope, wire, outer):
-                raise
-
-    async def _is_answered(self, error: Exception, scope: Scope, wire: Wire, outer: Wire) -> bool:
-        if not wire.started:
-            return await self._answer(error, scope, wire)
-        if wire.failed is not None or wire.unit.phase is Phase.STREAM:
-            outer.failed = error  # P5: no middleware further out may end this body well
-        else:
-            outer.late = error  # P6: nor take what failed afterwards for done
-        return False
+            if wire.head is None and await self.answer(error, scope, wire):
+                return
+            if wire.failed is not None or wire.unit.phase is Phase.STREAM:
+                outer.failed = error  # P5: no middleware further out may end this body well
+            elif wire.head is not None:
+                outer.late = error  # P6: nor take what failed afterwards for done
+            raise

@@ -1,16 +1,21 @@
 """The messages of one request, and the unit of work that they drive."""
 
-from collections.abc import Awaitable
-from typing import Any
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
 
 from context_sqla.adapters import Phase, Unit
 
-from ._types import Message, Receive, Scope, Send
-
-__all__ = ["SCOPE_KEY", "Wire", "wire_of"]
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SCOPE_KEY = "context_sqla.wire"
-"""Where a request carries its wire: this, and never the context variable, tells that the request has a unit already (P12)."""
+"""Where a scope has the outermost `Wire` of its request, or None if it has a unit of work that no wire drives.
+
+This, and never the context variable, tells that a request has a unit already (P12).
+"""
 
 _BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
 _HANDLER = Phase.HANDLER  # a member of an Enum is slow to look up in Python 3.11
@@ -24,12 +29,12 @@ class Wire:
 
     Args:
         unit: the request's unit of work.
-        app: what the scope named as its application when the request came in; mounted applications overwrite it.
+        app: what the scope names as its application when the request comes in; mounted applications overwrite it.
         receive: the server's, or that of the middleware around.
         send: the same.
 
     Attributes:
-        started: a head was sent on.
+        head: the head that was sent on.
         decides: the unit was asked about the head here, so that this wire finishes the body. An adapter that calls `unit.head`
             by itself sets it.
         failed: the error that broke the response. Until a head that admits it comes by, nothing is sent on.
@@ -37,19 +42,33 @@ class Wire:
         body_read: the request's body was received to its end.
     """
 
-    __slots__ = ("_left", "_receive", "_send", "app", "body_read", "decides", "failed", "late", "started", "unit")
+    __slots__ = ("_left", "_receive", "_send", "app", "body_read", "decides", "failed", "head", "late", "unit")
 
     def __init__(self, unit: Unit, app: Any, receive: Receive, send: Send) -> None:
         self.unit: Unit = unit
         self.app: Any = app
-        self.started: bool = False
+        self.head: Message | None = None
         self.decides: bool = False
         self.failed: Exception | None = None
         self.late: Exception | None = None
         self.body_read: bool = False
         self._receive = receive
         self._send = send
-        self._left: Message | int | None = None  # the head until somebody asks, then what is left of its Content-Length
+        self._left: float | None = None  # of the Content-Length, once it was asked for
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Run the application on this wire.
+
+        Raises:
+            Exception: the error that broke the response, whatever the application made of it on its way (P4), or its own.
+        """
+        try:
+            await app(scope, self.receive, self.send)
+        except Exception:
+            if self.failed is None:
+                raise
+        if self.failed is not None:
+            raise self.failed
 
     async def receive(self) -> Message:
         """Return the next message of the server; a client that has left ends an unfinished body (P5)."""
@@ -64,67 +83,40 @@ class Wire:
         """Send a message on, after what the unit has to do before it.
 
         Raises:
-            Exception: when awaited: that of the commit; the message is then withheld.
+            Exception: that of the commit, here or when awaited; the message is then withheld.
         """
         kind = message["type"]
         # An informational 1xx decides nothing: the head is still to come.
-        if kind == "http.response.start" and not self.started and message["status"] >= 200:
+        if kind == "http.response.start" and self.head is None and message["status"] >= 200:
             if self.unit.phase is _HANDLER:
-                return self._send_head(message)
-            # The body broke before middleware let its head pass: only an answer that admits it may still go (P5).
-            if self.failed is not None and message["status"] < 400:
-                return self._send_last(message)
-            self.failed = None
-            self.started = True
-            self._left = message
-        elif self.failed is not None or (self.decides and kind in _BODY and self._is_last(message)):
-            return self._send_last(message)
-        return self._send(message)
-
-    async def _send_head(self, message: Message) -> None:
-        self.decides = True
-        self.failed = None  # what this head answers, if anything
-        try:
-            await self.unit.head(message["status"])
-        except Exception as error:
-            self.failed = error
-            raise
-        self.started = True
-        self._left = message
-        await self._send(message)
-
-    async def _send_last(self, message: Message) -> None:
+                self.decides, self.failed = True, None
+                return self._send_after(self.unit.head(message["status"]), message)
+            # If the body broke before middleware lets its head pass, only an answer that admits it may still go (P5).
+            if self.failed is None or message["status"] >= 400:
+                self.failed, self.head = None, message
         if self.failed is not None:
             raise self.failed
+        if self.decides and kind in _BODY and self._is_last(message):
+            return self._send_after(self.unit.end_of_body(), message)
+        return self._send(message)
+
+    async def _send_after(self, step: Awaitable[None], message: Message) -> None:
         try:
-            await self.unit.end_of_body()
+            await step
         except Exception as error:
             self.failed = error
             raise
+        if message["type"] == "http.response.start":
+            self.head = message
         await self._send(message)
 
     def _is_last(self, message: Message) -> bool:
         """Return whether the response is complete with this message: by its mark, or by the declared length."""
         if not message.get("more_body", False):
             return True
-        left = self._left
-        if left is not None and not isinstance(left, int):
-            left = _content_length(left)
-        if left is not None:
-            size = message.get("count") if message["type"] == "http.response.zerocopysend" else len(message.get("body", b""))
-            left = None if size is None else left - size
-        self._left = left
-        return left is not None and left <= 0
-
-
-def wire_of(scope: Scope) -> Wire | None:
-    """Return the outermost wire of this request, or None if it has no unit of work, or none that its messages drive."""
-    wire: Wire | None = scope.get(SCOPE_KEY)
-    return wire
-
-
-def _content_length(head: Message) -> int | None:
-    for name, value in head.get("headers", ()):
-        if name.lower() == b"content-length" and value.isdigit():
-            return int(value)
-    return None
+        if self._left is None:
+            fields = self.head.get("headers", ()) if self.head is not None else ()
+            lengths = [value for name, value in fields if name.lower() == b"content-length" and value.isdigit()]
+            self._left = float(lengths[0]) if lengths else float("inf")
+        left = self._left = self._left - (message.get("count") or len(message.get("body", b"")))
+        return left <= 0

@@ -6,8 +6,6 @@ from context_sqla import DBConnect, db_session
 from context_sqla.adapters import AsyncSession
 from fastapi import params
 
-__all__ = ["session_dependency"]
-
 S = TypeVar("S", bound=AsyncSession)
 
 

@@ -2,32 +2,28 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Policy, Unit, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, Unit, retry_after_header
 from context_sqla.errors import UnavailableError
-from context_sqla_starlette import StarletteHTTPDBSessionMiddleware, install, route_label, starlette_http_db_session_middleware
+from context_sqla_starlette import (
+    InnerPart,
+    OuterPart,
+    Rule,
+    StarletteHTTPDBSessionMiddleware,
+    install,
+    starlette_http_db_session_middleware,
+)
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.types import ASGIApp, Scope
 
-__all__ = [
-    "FastAPIHTTPDBSessionMiddleware",
-    "add_fastapi_http_db_session_middleware",
-    "fastapi_http_db_session_middleware",
-    "setup",
-]
-
 
 def setup(
-    app: FastAPI,
-    *connects: DBConnect[Any],
-    should_commit: Callable[[int], bool] | None = None,
-    before_commit: BeforeCommitCallback | None = None,
+    app: FastAPI, *connects: DBConnect[Any], should_commit: Rule | None = None, before_commit: BeforeCommitCallback | None = None
 ) -> None:
     """Give each HTTP request of the application a unit of work, and close the connects at its shutdown (P3, P4, P5, P6).
 
@@ -45,15 +41,12 @@ def setup(
     Raises:
         SetupError: the application has started, or is set up already.
     """
-    policy = Policy(should_commit, before_commit)
-    install(app, *connects, policy=policy, label=_label, watch=_watch, unavailable=_unavailable)
+    outer = partial(OuterPart, before_commit=before_commit, should_commit=should_commit)
+    install(app, *connects, outer=outer, inner=_InnerPart, unavailable=_unavailable)
 
 
 def add_fastapi_http_db_session_middleware(
-    app: FastAPI,
-    before_commit: BeforeCommitCallback | None = None,
-    *,
-    should_commit: Callable[[int], bool] | None = None,
+    app: FastAPI, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
 ) -> None:
     """Add `FastAPIHTTPDBSessionMiddleware` as the outermost middleware so far; `setup` keeps more of the contract.
 
@@ -70,7 +63,7 @@ async def fastapi_http_db_session_middleware(
     call_next: RequestResponseEndpoint,
     before_commit: BeforeCommitCallback | None = None,
     *,
-    should_commit: Callable[[int], bool] | None = None,
+    should_commit: Rule | None = None,
 ) -> Response:
     """Commit or roll back between the endpoint and the head of its response, as a function for `app.middleware("http")`.
 
@@ -86,27 +79,6 @@ async def fastapi_http_db_session_middleware(
         Exception: that of the commit, or the application's own.
     """
     return await starlette_http_db_session_middleware(request, call_next, before_commit, should_commit=should_commit)
-
-
-class FastAPIHTTPDBSessionMiddleware(StarletteHTTPDBSessionMiddleware):
-    """Give each HTTP request a unit of work, where the application's owner places it, in one piece (P3, P4, P5).
-
-    What `setup` adds is told at `StarletteHTTPDBSessionMiddleware`.
-
-    Args:
-        app: the application.
-        before_commit: awaited before each session's commit; refuses it by raising.
-        should_commit: takes the status; replaces the rule "below 400 commits".
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        before_commit: BeforeCommitCallback | None = None,
-        *,
-        should_commit: Callable[[int], bool] | None = None,
-    ) -> None:
-        super().__init__(app, before_commit, should_commit=should_commit, label=_label, watch=_watch)
 
 
 def _watch(unit: Unit, scope: Scope) -> None:
@@ -127,11 +99,25 @@ def _is_generator(endpoint: Any) -> bool:
     return any(inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call) for call in calls)
 
 
-def _label(scope: Scope) -> str:
-    """Return "METHOD /path" with the template of the path; newer versions know a router's prefix only beside the route."""
-    included = scope.get("fastapi", {}).get("effective_route_context")
-    path = getattr(included, "path", None)
-    return route_label(scope) if path is None else f"{scope['method']} {scope.get('root_path', '')}{path}"
+class _InnerPart(InnerPart):
+    watch = staticmethod(_watch)
+
+
+class FastAPIHTTPDBSessionMiddleware(StarletteHTTPDBSessionMiddleware):
+    """Give each HTTP request a unit of work, where the application's owner places it, in one piece (P3, P4, P5).
+
+    What `setup` adds is told at `StarletteHTTPDBSessionMiddleware`.
+
+    Args:
+        app: the application.
+        before_commit: awaited before each session's commit; refuses it by raising.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+    """
+
+    def __init__(
+        self, app: ASGIApp, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
+    ) -> None:
+        super().__init__(_InnerPart(app), before_commit, should_commit=should_commit)
 
 
 async def _unavailable(request: Request, exc: Exception) -> Response:

@@ -1,22 +1,24 @@
 """A unit of work per request for Starlette."""
 
-from ._answers import answer_commit_error, answer_unhandled, unavailable
+from context_sqla_asgi import Rule
+
 from ._middleware import (
+    InnerPart,
+    OuterPart,
     StarletteHTTPDBSessionMiddleware,
     add_starlette_http_db_session_middleware,
-    route_label,
+    install,
+    setup,
     starlette_http_db_session_middleware,
 )
-from ._setup import install, setup
 
 __all__ = [
+    "InnerPart",
+    "OuterPart",
+    "Rule",
     "StarletteHTTPDBSessionMiddleware",
     "add_starlette_http_db_session_middleware",
-    "answer_commit_error",
-    "answer_unhandled",
     "install",
-    "route_label",
     "setup",
     "starlette_http_db_session_middleware",
-    "unavailable",
 ]

@@ -1,32 +1,57 @@
-"""The middleware of Starlette's own kinds, for those who place it by hand."""
+"""The unit of work of a Starlette application, in one part or in two, and its errors before the application's own handlers."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any, ClassVar
+from weakref import WeakSet
 
-from context_sqla.adapters import BeforeCommitCallback, Policy, Unit
-from context_sqla_asgi import SCOPE_KEY, UnitMiddleware, Watch, request_label
+from context_sqla import DBConnect
+from context_sqla.adapters import BeforeCommitCallback, Policy, Unit, retry_after_header
+from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
+from context_sqla_asgi import SCOPE_KEY, ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire, closing, request_label
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.base import RequestResponseEndpoint
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Scope
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
-from ._answers import answer_unhandled
+# A handler for one of these is the application's own answer; one for every Exception is not.
+_ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
 
-__all__ = [
-    "StarletteHTTPDBSessionMiddleware",
-    "add_starlette_http_db_session_middleware",
-    "route_label",
-    "starlette_http_db_session_middleware",
-]
+_ready: WeakSet[Starlette] = WeakSet()
+
+
+def setup(
+    app: Starlette,
+    *connects: DBConnect[Any],
+    should_commit: Rule | None = None,
+    before_commit: BeforeCommitCallback | None = None,
+) -> None:
+    """Give each HTTP request of the application a unit of work, and close the connects at its shutdown (P3, P4, P5, P6).
+
+    Call it before or after other middleware is added: its parts are placed when the application builds its stack, the one that
+    opens the unit outside everything, the one that commits inside all middleware. The application's exception handlers answer
+    errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application has no handler for it.
+
+    Args:
+        app: the application, not started yet. One that is mounted in another is set up by itself, without connects, if its own
+            middleware is to stand around its commits; it shares the unit of the request.
+        connects: closed after the application's own shutdown.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+
+    Raises:
+        SetupError: the application has started, or is set up already.
+    """
+    install(app, *connects, outer=partial(OuterPart, before_commit=before_commit, should_commit=should_commit))
 
 
 def add_starlette_http_db_session_middleware(
-    app: Starlette,
-    before_commit: BeforeCommitCallback | None = None,
-    *,
-    should_commit: Callable[[int], bool] | None = None,
+    app: Starlette, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
 ) -> None:
     """Add `StarletteHTTPDBSessionMiddleware` as the outermost middleware so far; `setup` keeps more of the contract.
 
@@ -43,7 +68,7 @@ async def starlette_http_db_session_middleware(
     call_next: RequestResponseEndpoint,
     before_commit: BeforeCommitCallback | None = None,
     *,
-    should_commit: Callable[[int], bool] | None = None,
+    should_commit: Rule | None = None,
 ) -> Response:
     """Commit or roll back between the endpoint and the head of its response, as a function for `BaseHTTPMiddleware`.
 
@@ -68,7 +93,7 @@ async def starlette_http_db_session_middleware(
     if SCOPE_KEY in scope:
         return await call_next(request)
     scope[SCOPE_KEY] = None  # a unit, and no wire
-    unit = Unit.enter(Policy(should_commit, before_commit), partial(route_label, scope))
+    unit = Unit.enter(Policy(should_commit, before_commit), partial(request_label, scope))
     error: BaseException | None = None
     try:
         response = await call_next(request)
@@ -82,15 +107,66 @@ async def starlette_http_db_session_middleware(
     return response
 
 
-def route_label(scope: Scope) -> str:
-    """Return "METHOD /path", with the template of the path where the route is known."""
-    route = scope.get("route")
-    if not isinstance(route, Route):
-        return request_label(scope)
-    return f"{scope['method']} {scope.get('root_path', '')}{route.path}"
+async def _unavailable(request: Request, exc: Exception) -> Response:
+    """Answer 503 with `Retry-After`: the default handler of `UnavailableError`."""
+    headers = {"retry-after": retry_after_header(exc)} if isinstance(exc, UnavailableError) else None
+    return PlainTextResponse("Service Unavailable", status_code=503, headers=headers)
 
 
-class StarletteHTTPDBSessionMiddleware(UnitMiddleware):
+async def _answer_commit_error(error: Exception, scope: Scope, wire: Wire, *, outermost: bool = False) -> bool:
+    """Let the handlers of the application, and of the one mounted in it, answer as if the endpoint had raised the error.
+
+    Starlette itself would not ask them: it believes that the response has started. The exceptions that the application raised
+    were seen by its handlers already, and are left alone.
+    """
+    if error is not wire.failed:
+        return False
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    # A body that the endpoint has read is empty for a handler that reads it again: to wait for more of it would never end.
+    again: list[Message] = [{"type": "http.request", "body": b""}] if wire.body_read else []
+
+    async def receive() -> Message:
+        return again.pop() if again else await wire.receive()
+
+    app: ASGIApp = fail
+    # The innermost application, whose name is in the scope now, comes first, as it would for an error of the endpoint.
+    for owner in dict.fromkeys((scope.get("app"), wire.app)):
+        if isinstance(owner, Starlette):
+            app = _guard(app, owner, last_too=outermost if owner is wire.app else None)
+    try:
+        await app(scope, receive, wire.send)
+    except Exception as exc:
+        if exc is not error or wire.head is not None:
+            raise
+        return False
+    return True
+
+
+def _guard(app: ASGIApp, owner: Starlette, *, last_too: bool | None) -> ASGIApp:
+    """Put an application's exception handlers around something; also that of 500 (None: if it has one of its own)."""
+    handlers = dict(owner.exception_handlers)
+    by_class, by_status = handlers.pop(Exception, None), handlers.pop(500, None)
+    last = by_class or by_status
+    app = ExceptionMiddleware(app, handlers=handlers, debug=owner.debug)
+    if last_too or (last_too is None and last is not None):
+        return ServerErrorMiddleware(app, handler=last, debug=owner.debug)
+    return app
+
+
+async def _answer_outermost(error: Exception, scope: Scope, wire: Wire) -> bool:
+    """Answer as `_answer_commit_error` does, for a head that middleware made by itself; without a handler with a 500."""
+    return await _answer_commit_error(error, scope, wire, outermost=True)
+
+
+async def _answer_unhandled(error: Exception, scope: Scope, wire: Wire) -> bool:
+    """Answer as `_answer_commit_error` does, and an `UnavailableError` that has no handler with 503."""
+    return await _answer_commit_error(error, scope, wire) or await ASGIHTTPDBSessionMiddleware.answer(error, scope, wire)
+
+
+class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
     """Give each HTTP request a unit of work, where the application's owner places it, in one piece (P3, P4, P5).
 
     The application's exception handlers answer errors of the commit (P4b). What `setup` adds: `GZipMiddleware` and
@@ -101,17 +177,78 @@ class StarletteHTTPDBSessionMiddleware(UnitMiddleware):
         app: the application.
         before_commit: awaited before each session's commit; refuses it by raising.
         should_commit: takes the status; replaces the rule "below 400 commits".
-        label: names a request in log lines; called late.
-        watch: for adapters of frameworks on top of Starlette: called with the unit of each request.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        before_commit: BeforeCommitCallback | None = None,
-        *,
-        should_commit: Callable[[int], bool] | None = None,
-        label: Callable[[Scope], str] = route_label,
-        watch: Watch | None = None,
-    ) -> None:
-        super().__init__(app, Policy(should_commit, before_commit), label=label, answer=answer_unhandled, watch=watch)
+    answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_unhandled)
+
+
+class OuterPart(ASGIHTTPDBSessionMiddleware):
+    """Open the unit, outside everything that Starlette builds; decide about the heads that middleware makes by itself."""
+
+    answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_outermost)
+
+
+class InnerPart(CommitPoint):
+    """Decide about the unit inside all middleware; the application's handlers answer errors of the commit."""
+
+    answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_commit_error)
+
+
+def install(
+    app: Starlette,
+    *connects: DBConnect[Any],
+    outer: Callable[[ASGIApp], OuterPart],
+    inner: type[InnerPart] = InnerPart,
+    unavailable: Callable[[Request, Exception], Awaitable[Response]] = _unavailable,
+) -> None:
+    """Do what `setup` does, with parts that adapters of frameworks on top of Starlette may choose.
+
+    Args:
+        app: the application, not started yet.
+        connects: closed after the application's own shutdown.
+        outer: makes the part that opens the unit.
+        inner: the part that commits.
+        unavailable: the default handler of `UnavailableError`.
+
+    Raises:
+        SetupError: the application has started, or is set up already.
+    """
+    if app.middleware_stack is not None:
+        raise SetupError("the application has started: call setup(app, ...) where the application is made")
+    if app in _ready:
+        raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
+    _ready.add(app)
+    app.router.lifespan_context = _closing_after(app.router.lifespan_context, connects)
+    build = app.build_middleware_stack
+
+    def build_middleware_stack() -> ASGIApp:
+        if not any(cls in app.exception_handlers for cls in _ANSWERED):
+            app.exception_handlers[UnavailableError] = unavailable
+        app.user_middleware.append(Middleware(inner))
+        try:
+            return _Outermost(outer(build()))
+        finally:
+            app.user_middleware.pop()
+
+    app.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]
+
+
+def _closing_after(lifespan_context: Lifespan[Any], connects: tuple[DBConnect[Any], ...]) -> Lifespan[Any]:
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[Any]:
+        async with closing(*connects), lifespan_context(app) as state:
+            yield state
+
+    return lifespan
+
+
+class _Outermost(ServerErrorMiddleware):
+    """Look like the outermost part that Starlette builds: OpenTelemetry's instrumentation insists on it, and keeps its `app`."""
+
+    def __init__(self, app: OuterPart) -> None:
+        super().__init__(app)
+        self._call = app.__call__
+
+    # Not async: the other's coroutine is all that is needed, in every request.
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._call(scope, receive, send)

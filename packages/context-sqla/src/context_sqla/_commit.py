@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sqlalchemy import text
-from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _drivers
+from ._lines import Prepared
+from ._refusal import REAL_COMMITS, REMEDY
 from ._settle import logger, settle
-from ._slot import REAL_COMMITS, REMEDY, Prepared, Slot
+from ._slot import Slot
 from .errors import ContextSqlaError, SessionBusyError, _outcome_of
 
 _SHARED = ("another operation is in progress", "concurrent operations are not permitted", "Session is already flushing")
 _BACKEND = text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid")
-
-__all__ = ["commit", "end", "explain", "refuse", "roll_back"]
 
 
 async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
@@ -61,10 +59,10 @@ async def end(slots: Sequence[Slot], cause: BaseException | None = None) -> None
     """Close every session for good; what is still open on it is rolled back (P8, P10)."""
     refuse(slots)
     if any(slot.open for slot in slots):
-        _report(await settle(lambda: _each(slots, Slot.end), again=True), cause, "closing")
-        return
-    for slot in slots:
-        await slot.end()
+        errors = await settle(lambda: _each(slots, Slot.end), again=True)
+    else:
+        errors = await _each(slots, Slot.end)  # nothing is awaited in it
+    _report(errors, cause, "closing")
 
 
 def refuse(slots: Sequence[Slot]) -> None:
@@ -159,10 +157,7 @@ def _report(errors: Sequence[tuple[Slot, Exception]], cause: BaseException | Non
 
 
 async def _prepare_two_phase(slot: Slot) -> None:
-    for connection, line in slot.lines:
-        transaction = connection.get_transaction()
-        if isinstance(transaction, TwoPhaseTransaction):
-            slot.prepared.append(Prepared(AsyncEngine(connection.engine), str(transaction.xid), line))
+    slot.prepared = slot.lines.prepared()
     slot.arm(slot.connect.commit_timeout)
     try:
         await slot.session.run_sync(lambda session: session.prepare())

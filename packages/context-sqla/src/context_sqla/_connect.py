@@ -17,8 +17,6 @@ from ._loops import Loops, LoopState, Member
 from ._settle import hold, logger
 from .errors import ContextSqlaError, ForeignLoopError, UnavailableError
 
-__all__ = ["DBConnect", "PoolStatus"]
-
 S = TypeVar("S", bound=AsyncSession)
 _HOSTLESS = "local"
 _numbers = itertools.count(1)
@@ -280,12 +278,15 @@ class DBConnect(Generic[S]):
                 await connection.execute(select(1))
 
         task = hold(_quietly(probe()))
-        done, _ = await asyncio.wait((task,), timeout=timeout)
-        if not done:
-            for driver in reached:
-                _drivers.cut(driver)
-            if not reached:
-                task.cancel()
+        try:
+            await asyncio.wait((task,), timeout=timeout)
+        finally:
+            if not task.done():
+                for driver in reached:
+                    _drivers.cut(driver)
+                if not reached:
+                    task.cancel()
+        if not task.done():
             raise UnavailableError(f"{self!r}: no answer within {timeout:g} s", retry_after=1)
         error = task.result()
         if isinstance(error, (ValueError, TypeError, UnavailableError)):

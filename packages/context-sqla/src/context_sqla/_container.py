@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _events  # noqa: F401  # from here on sessions are listened to
+from ._callbacks import Callback
 from ._connect import DBConnect
 from ._options import check_options
 from ._policy import Policy
-from ._slot import Callback, Slot
+from ._slot import Slot
 from .errors import ContextClosedError, ContextSqlaError, UnsupportedOptionError
-
-__all__ = ["Container", "Phase"]
 
 S = TypeVar("S", bound=AsyncSession)
 

@@ -3,9 +3,6 @@
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["any_test_unit", "clear_test_context", "current", "set_test_unit", "test_unit"]
-
-
 current: ContextVar[Any] = ContextVar("context_sqla_unit", default=None)
 
 # F8: servers and clients that copy their context when they start never see a variable that a test sets later.

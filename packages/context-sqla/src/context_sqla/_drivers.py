@@ -15,8 +15,6 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from .errors import DriverError
 
-__all__ = ["backend_pid", "creator", "cut", "discard", "drop", "in_transaction", "is_closed", "parse", "survives_cancellation"]
-
 _PACKAGES = {
     "aiomysql": "aiomysql",
     "aioodbc": "aioodbc",
@@ -94,6 +92,31 @@ def in_transaction(connection: Any) -> bool:
         return bool(getattr(connection, "in_transaction", False))  # aiosqlite
     except ValueError:
         return False
+
+
+def will_roll_back(connection: Any) -> bool:
+    """Return whether a rollback would reach the server after a cancelled statement."""
+    if is_closed(connection):
+        return False
+    # asyncpg: a BEGIN that was cancelled may still be carried out, and SQLAlchemy sends no rollback for it.
+    return not hasattr(connection, "is_in_transaction") or in_transaction(connection)
+
+
+def is_locked(connection: Any) -> bool:
+    """Return whether the driver itself tells that something is running on this connection: psycopg does."""
+    lock = getattr(connection, "lock", None)
+    return lock is not None and bool(lock.locked())
+
+
+async def is_fetching(connection: Any) -> bool:
+    """Ask an asyncpg connection whether rows of a cursor are on their way; it has no word for it but a refusal."""
+    if is_closed(connection) or not hasattr(connection, "is_in_transaction"):
+        return False
+    try:
+        await connection.execute("SELECT 1")
+    except Exception as exc:  # every other error is met again by whoever uses the connection next
+        return "another operation is in progress" in str(exc)
+    return False
 
 
 def backend_pid(connection: Any) -> int:

@@ -15,8 +15,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from . import _drivers
 from .errors import ContextClosedError, CursorClosedError
 
-__all__ = ["Line", "Watch", "line_of", "watch"]
-
 KEY = "context_sqla"
 _ABORTED = "the host was aborted while this connection was being opened"
 
@@ -24,7 +22,7 @@ _ABORTED = "the host was aborted while this connection was being opened"
 class Line:
     """The state of one connection of the driver, for as long as it is checked out."""
 
-    __slots__ = ("__weakref__", "cancelled", "committing", "driver", "ended", "expired", "failure", "running")
+    __slots__ = ("__weakref__", "cancelled", "committing", "cursor", "driver", "ended", "expired", "failure", "running")
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -32,13 +30,14 @@ class Line:
         self.failure: str | None = None  # a statement failed in this transaction, and how
         self.cancelled = False  # ... because it was cancelled
         self.committing = False  # a COMMIT was sent
+        self.cursor = False  # a server-side cursor was opened
         self.expired: str | None = None  # it was cut at a limit in time
         self.ended: str | None = None  # the unit cut this connection, and why
 
     def restart(self) -> None:
         """Forget what happened in the transaction that ended."""
         self.failure = None
-        self.cancelled = self.committing = False
+        self.cancelled = self.committing = self.cursor = False
 
 
 class Dial:
@@ -183,6 +182,8 @@ def _before(conn: Connection, cursor: Any, statement: str, parameters: Any, cont
     line = conn.info.get(KEY)
     if line is not None:
         line.running.add(context)
+        if context is not None and context.execution_options.get("stream_results"):
+            line.cursor = True
 
 
 def _after(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
@@ -228,8 +229,7 @@ def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
     line.cancelled = line.cancelled or cancelled
     if line.ended is not None:
         return None if cancelled else ContextClosedError(line.ended)
-    # A BEGIN that was cancelled may still be carried out: only where the driver knows of a transaction is a rollback sent.
-    if cancelled and survives and not _drivers.is_closed(line.driver) and _drivers.in_transaction(line.driver):
+    if cancelled and survives and _drivers.will_roll_back(line.driver):
         context.is_disconnect = False
     return None
 

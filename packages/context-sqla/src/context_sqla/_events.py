@@ -8,7 +8,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._engines import KEY
-from ._slot import Refusal, Slot
+from ._refusal import Refusal
+from ._slot import Slot
 from .errors import ContextClosedError
 
 

@@ -12,8 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from ._engines import watch
 from ._settle import hold, logger
 
-__all__ = ["LoopState", "Loops", "Member"]
-
 
 class Grace(Protocol):
     """What the sweep asks of a connect."""

@@ -8,8 +8,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ._connect import DBConnect
 from .errors import UnsupportedOptionError
 
-__all__ = ["check_options", "transaction_options"]
-
 
 def transaction_options(*, isolation_level: str | None, read_only: bool) -> dict[str, Any]:
     """Return the execution options of a transaction."""

@@ -9,35 +9,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _commit
 from ._connect import DBConnect
+from ._container import Phase
 from ._context import current
 from ._options import check_options, transaction_options
 from ._policy import BeforeCommitCallback, Policy
 from ._settle import settle
 from ._slot import Slot
-from ._unit import Phase, Unit
+from ._unit import Unit
 from .errors import ContextAlreadyInitiatedError, ContextNotInitiatedError, UnsupportedOptionError
-
-__all__ = [
-    "atomic_db_session",
-    "auto_commit_by_status_code",
-    "close_all_sessions",
-    "close_db_session",
-    "commit_all_sessions",
-    "commit_db_session",
-    "db_session",
-    "get_db_session_from_context",
-    "init_db_session_ctx",
-    "is_context_initiated",
-    "keep_transaction",
-    "new_non_ctx_atomic_session",
-    "new_non_ctx_session",
-    "on_commit",
-    "pop_db_session_from_context",
-    "put_db_session_to_context",
-    "reset_db_session_ctx",
-    "rollback_all_sessions",
-    "rollback_db_session",
-]
 
 S = TypeVar("S", bound=AsyncSession)
 CurrentTransaction = Literal["commit", "rollback", "append", "raise"]

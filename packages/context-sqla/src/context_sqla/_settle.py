@@ -8,8 +8,6 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-__all__ = ["hold", "logger", "settle"]
-
 T = TypeVar("T")
 logger = logging.getLogger("context_sqla")
 

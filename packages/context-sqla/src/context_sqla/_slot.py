@@ -1,42 +1,24 @@
 """One session of one unit: what is open on it, what runs on it, and how it ends."""
 
 import asyncio
-import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from sqlalchemy import select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import SessionTransaction
 from sqlalchemy.util import await_only
 
-from . import _drivers
+from ._callbacks import Callback, Callbacks
 from ._connect import DBConnect
-from ._engines import KEY, Line, line_of
+from ._engines import KEY
+from ._lines import Lines, Prepared
 from ._policy import Policy
-from ._settle import hold, logger, settle
-from .errors import ContextClosedError, SessionBusyError, _outcome_of
-
-__all__ = ["Prepared", "Refusal", "Slot"]
-
-Callback: TypeAlias = Callable[[], Awaitable[Any] | Any]
-REAL_COMMITS = (
-    "in a test that shares one transaction, units end in the reverse order of their begin: a test of units that overlap needs "
-    "real commits"
-)
-REMEDY = "ask db_session() where the work is done, inside 'async with db_context():' or run_in_new_ctx()"
-
-
-class Prepared:
-    """A transaction that was, or may have been, prepared."""
-
-    def __init__(self, engine: AsyncEngine, gid: str, line: Line) -> None:
-        self.engine = engine
-        self.gid = gid
-        self.line = line
-        self.pid = _drivers.backend_pid(line.driver)
+from ._refusal import REAL_COMMITS, REMEDY, Refusal
+from ._settle import logger, settle
+from .errors import SessionBusyError, _outcome_of
 
 
 class Owner(Protocol):
@@ -67,27 +49,6 @@ class Place(Protocol):
         ...
 
 
-class Refusal:
-    """What a session carries whose unit has ended (P10)."""
-
-    def __init__(self, message: str, session: AsyncSession) -> None:
-        self.message = message
-        self._session = weakref.ref(session)
-
-    def get_bind(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refuse every statement."""
-        raise ContextClosedError(self.message)
-
-    def close_late(self) -> None:
-        """Close the session again, whose connection was still being opened when the unit ended."""
-        if (session := self._session()) is not None:
-            hold(self._close(session))
-
-    async def _close(self, session: AsyncSession) -> None:
-        await asyncio.sleep(0)  # the error of the statement is on its way out of the session
-        await session.close()
-
-
 class Slot:
     """A session in its unit.
 
@@ -98,27 +59,21 @@ class Slot:
         owner: the unit.
     """
 
-    def __init__(
-        self,
-        connect: DBConnect[Any],
-        session: AsyncSession,
-        host: str,
-        owner: Owner,
-    ) -> None:
+    def __init__(self, connect: DBConnect[Any], session: AsyncSession, host: str, owner: Owner) -> None:
         self.connect = connect
         self.session = session
         self.sync = session.sync_session
         self.host = host
         self.owner = owner
         self.before_commit = owner.policy.before_commit
-        self.lines: list[tuple[Connection, Line]] = []
+        self.lines = Lines()
         self.foreign = False  # put into the unit by hand
         self.kept = False  # P5: the transaction goes on after the head
         self.ended: str | None = None
         self.hooked = False  # the before-commit hooks have run for this transaction
         self.deferring = False  # a unit commits several sessions and runs what is due afterwards
         self.prepared: list[Prepared] = []
-        self._callbacks: list[tuple[Callback, tuple[SessionTransaction, ...]]] = []
+        self._callbacks = Callbacks()
         self._due: list[Callback] = []
         self._committed = False
         self._limit: asyncio.TimerHandle | None = None
@@ -144,10 +99,9 @@ class Slot:
     @property
     def busy(self) -> bool:
         """Whether a statement is running on the session, or a connection is being opened for it."""
-        for _, line in self.lines:
-            if line.running:
-                return True
-        if (self.place is not None and self.place.is_taken()) or getattr(self.sync, "_flushing", False):
+        if self.lines.are_running() or getattr(self.sync, "_flushing", False):
+            return True
+        if self.place is not None and self.place.is_taken():
             return True
         transaction = self.sync.get_nested_transaction() or self.sync.get_transaction()
         return getattr(transaction, "_current_fn", None) is not None
@@ -162,20 +116,12 @@ class Slot:
         """How long the unit's end waits for what is still going on."""
         return self.connect.drain_timeout if self.shared else self.connect.cleanup_timeout
 
-    @property
-    def failure(self) -> str | None:
-        """How a statement of this transaction failed, None if none did or the connect does not ask (P4a)."""
-        for _, line in self.lines:
-            if line.failure is not None and (line.cancelled or self.connect.check_failed_transaction):
-                return line.failure
-        return None
-
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         pause = 0.0
-        while self.busy:
+        while self.busy or await self.lines.are_fetching(self.connect.cleanup_timeout):
             if loop.time() >= deadline:
                 return False
             await asyncio.sleep(pause)
@@ -226,17 +172,12 @@ class Slot:
 
     async def check(self) -> None:
         """Raise if a statement whose error was swallowed has aborted the transaction (P4a)."""
-        failure = self.failure
-        if failure is None:
-            return
-        for connection, line in self.lines:
-            if line.failure is None or connection.closed:
-                continue
+        for connection, line in self.lines.failed(cancelled_only=not self.connect.check_failed_transaction):
             try:
                 await self.session.run_sync(lambda _, connection=connection: connection.execute(select(1)))  # type: ignore[misc]
             except Exception as exc:
                 exc.add_note(
-                    f"{self.connect!r}: a statement of this transaction had failed ({failure}) and its error was swallowed: "
+                    f"{self.connect!r}: a statement of this transaction had failed ({line.failure}) and its error was swallowed: "
                     "COMMIT would have been a silent ROLLBACK; put it into 'async with session.begin_nested():' (P4a)"
                 )
                 raise
@@ -246,11 +187,10 @@ class Slot:
         """Commit; at `commit_timeout` the connection is cut and the outcome is in doubt (P7)."""
         self._sending = True
         self.arm(self.connect.commit_timeout)
-        lines = [line for _, line in self.lines]
         try:
             await self.session.commit()
         except BaseException as exc:
-            if any(line.committing for line in lines) and _is_unknown(exc):
+            if self.lines.are_committing() and _is_unknown(exc):
                 _outcome_of(exc).in_doubt = True
                 exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
             raise
@@ -260,13 +200,13 @@ class Slot:
 
     async def rollback(self) -> None:
         """Roll back, or cut the connection where a statement is still running on it (P7a)."""
-        self._callbacks.clear()
+        self._callbacks.take()
         self.kept = False
         if not self.open:
             return
         if self.place is not None:
             await self._clear_place()
-        elif self.busy or any(_drivers.is_closed(line.driver) for _, line in self.lines):
+        elif self.busy or self.lines.are_dead() or await self.lines.are_fetching(self.connect.cleanup_timeout):
             await self.abandon("it was rolled back while this statement was running")
             return
         self.arm(self.connect.cleanup_timeout)
@@ -286,7 +226,8 @@ class Slot:
         """Give the connection up: cut it, let the statement that runs on it fail, and forget it."""
         told = f"{self.connect!r}: the connection was cut because its unit ended: {reason}; {REMEDY}"
         dead = self.cut(told)
-        await self.idle(min(1.0, self.connect.cleanup_timeout), lambda: self.cut(told))
+        if self.lines:
+            await self.idle(min(1.0, self.connect.cleanup_timeout), lambda: self.cut(told))
         self.arm(self.connect.cleanup_timeout)
         try:
             if not dead and not self.busy:
@@ -301,12 +242,8 @@ class Slot:
             self.disarm()
 
     def cut(self, reason: str) -> bool:
-        """End the connections of the open transaction now, and return whether they are dead."""
-        dead = True
-        for _, line in self.lines if not self.shared else ():  # a shared connection is the test's
-            line.ended = line.ended or reason
-            dead = _drivers.cut(line.driver) and dead
-        return dead
+        """End the connections of the open transaction now, and return whether they are dead; a shared one is the test's."""
+        return self.shared or self.lines.cut(reason)
 
     async def end(self) -> None:
         """Close the session; it is refused already."""
@@ -379,9 +316,7 @@ class Slot:
 
     def _expired(self, seconds: float) -> None:
         if not self.shared:
-            for _, line in self.lines:
-                line.expired = f"{self.connect!r}: no answer within {seconds:g} s, so the connection was cut"
-                _drivers.cut(line.driver)
+            self.lines.expire(f"{self.connect!r}: no answer within {seconds:g} s, so the connection was cut")
 
     def disarm(self) -> None:
         """Forget the limit."""
@@ -403,7 +338,7 @@ class Slot:
 
     def on_commit(self, callback: Callback) -> None:
         """Run this after the next commit, unless the transaction or its innermost open savepoint is rolled back."""
-        self._callbacks.append((callback, tuple(_savepoints(self.sync))))
+        self._callbacks.add(callback, self.sync)
 
     async def run_due(self) -> None:
         """Run what was waiting for this commit; errors are logged and change nothing."""
@@ -424,8 +359,7 @@ class Slot:
 
     def began(self, connection: Connection) -> None:
         """Note the connection of a transaction that begins."""
-        if (line := line_of(connection)) is not None:
-            self.lines.append((connection, line))
+        self.lines.add(connection)
         seconds = self.connect.warn_held_after
         if seconds is not None and self._held is None:
             self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds)
@@ -447,15 +381,11 @@ class Slot:
 
     def take_callbacks(self) -> list[Callback]:
         """Return what waits for the next commit, and let it wait no longer."""
-        callbacks = [callback for callback, _ in self._callbacks]
-        self._callbacks.clear()
-        return callbacks
+        return self._callbacks.take()
 
     def rolled_back(self, transaction: SessionTransaction) -> None:
         """Drop the callbacks that were registered inside what was rolled back."""
-        while not transaction.nested and transaction.parent is not None:
-            transaction = transaction.parent  # a flush that fails takes its savepoint with it
-        self._callbacks = [entry for entry in self._callbacks if transaction.nested and transaction not in entry[1]]
+        self._callbacks.drop(transaction)
 
     def over(self) -> None:
         """Note that the transaction is over, one way or the other, and its connection is back."""
@@ -463,19 +393,11 @@ class Slot:
         self.disarm()
         self._release()
         if not self._committed:
-            self._callbacks.clear()
+            self._callbacks.take()
         elif not self.deferring and (self._due or self.connect.committed):
             await_only(settle(self.run_due))
         elif not self.deferring:
             self._committed = False
-
-
-def _savepoints(session: Session) -> Iterator[SessionTransaction]:
-    transaction = session.get_nested_transaction()
-    while transaction is not None:
-        if transaction.nested:
-            yield transaction
-        transaction = transaction.parent
 
 
 def _is_unknown(exc: BaseException) -> bool:

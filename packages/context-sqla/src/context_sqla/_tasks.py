@@ -15,8 +15,6 @@ from ._policy import DEFAULT_POLICY, BeforeCommitCallback, Policy
 from ._unit import Unit, new_unit
 from .errors import is_in_doubt
 
-__all__ = ["UnitOfWork", "Work", "db_context", "run_in_new_ctx", "unit_of_work"]
-
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 T = TypeVar("T")

@@ -12,13 +12,12 @@ from contextvars import Token
 from typing import Any
 
 from . import _commit, _context
+from ._callbacks import Callback
 from ._container import Container, Phase
 from ._policy import DEFAULT_POLICY, Policy
 from ._settle import hold, logger, settle
-from ._slot import Callback, Slot
+from ._slot import Slot
 from .errors import ForeignLoopError
-
-__all__ = ["Phase", "Unit", "new_unit"]
 
 
 class Unit(Container):

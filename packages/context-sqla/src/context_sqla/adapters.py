@@ -28,9 +28,10 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._connect import DBConnect
+from ._container import Phase
 from ._context import current
 from ._policy import BeforeCommitCallback, Policy
-from ._unit import Phase, Unit
+from ._unit import Unit
 from .errors import UnavailableError
 
 __all__ = [

@@ -22,8 +22,9 @@ from . import _commit
 from ._connect import DBConnect
 from ._container import Container
 from ._context import clear_test_context, current, set_test_unit
+from ._refusal import REAL_COMMITS
 from ._settle import settle
-from ._slot import REAL_COMMITS, Slot
+from ._slot import Slot
 from ._unit import Unit
 from .errors import ContextNotInitiatedError, SessionBusyError
 

@@ -1,0 +1,94 @@
+"""The connections of one session's open transaction: asked, cut, and remembered when they were prepared."""
+
+import asyncio
+from collections.abc import Iterator
+
+from sqlalchemy.engine import Connection, TwoPhaseTransaction
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import _drivers
+from ._engines import Line, line_of
+
+
+class Prepared:
+    """A transaction that was, or may have been, prepared."""
+
+    def __init__(self, engine: AsyncEngine, gid: str, line: Line) -> None:
+        self.engine = engine
+        self.gid = gid
+        self.line = line
+        self.pid = _drivers.backend_pid(line.driver)
+
+
+class Lines:
+    """The connections that a session has begun a transaction on."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Connection, Line]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def __iter__(self) -> Iterator[tuple[Connection, Line]]:
+        """Iterate over those that are not back in the pool."""
+        return (each for each in self._all if not each[0].closed)
+
+    def add(self, connection: Connection) -> None:
+        """Note a connection; one whose engine is not watched cannot be asked."""
+        if (line := line_of(connection)) is not None:
+            self._all.append((connection, line))
+
+    def clear(self) -> None:
+        """Forget them: the transaction is over."""
+        self._all.clear()
+
+    def are_running(self) -> bool:
+        """Return whether a statement is running on one of them."""
+        return any(line.running or _drivers.is_locked(line.driver) for _, line in self._all)
+
+    async def are_fetching(self, timeout: float) -> bool:
+        """Return whether rows of a server-side cursor are on their way; one that does not answer in time is cut."""
+        for _, line in self:
+            if line.cursor:
+                limit = asyncio.get_running_loop().call_later(timeout, _drivers.cut, line.driver)
+                try:
+                    if await _drivers.is_fetching(line.driver):
+                        return True
+                finally:
+                    limit.cancel()
+        return False
+
+    def are_dead(self) -> bool:
+        """Return whether the driver knows that one of them is lost."""
+        return any(_drivers.is_closed(line.driver) for _, line in self._all)
+
+    def are_committing(self) -> bool:
+        """Return whether a COMMIT was sent on one of them."""
+        return any(line.committing for _, line in self._all)
+
+    def failed(self, *, cancelled_only: bool) -> list[tuple[Connection, Line]]:
+        """Return those on which a statement of this transaction has failed (P4a)."""
+        return [(each, line) for each, line in self if line.failure and (line.cancelled or not cancelled_only)]
+
+    def cut(self, reason: str) -> bool:
+        """Cut them because their unit ends, and return whether they are dead now."""
+        dead = True
+        for _, line in self:
+            line.ended = line.ended or reason
+            dead = _drivers.cut(line.driver) and dead
+        return dead
+
+    def expire(self, reason: str) -> None:
+        """Cut them because the database gives no answer."""
+        for _, line in self:
+            line.expired = reason
+            _drivers.cut(line.driver)
+
+    def prepared(self) -> list[Prepared]:
+        """Return the two-phase transactions on them, which may be prepared from now on."""
+        found = [(each, line, each.get_transaction()) for each, line in self]
+        return [
+            Prepared(AsyncEngine(each.engine), str(transaction.xid), line)
+            for each, line, transaction in found
+            if isinstance(transaction, TwoPhaseTransaction)
+        ]

@@ -1,0 +1,37 @@
+"""What is said to whoever comes too late, or at the wrong moment, and what a session carries whose unit has ended (P10)."""
+
+import asyncio
+import weakref
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ._settle import hold
+from .errors import ContextClosedError
+
+REMEDY = "ask db_session() where the work is done, inside 'async with db_context():' or run_in_new_ctx()"
+REAL_COMMITS = (
+    "in a test that shares one transaction, units end in the reverse order of their begin: a test of units that overlap needs "
+    "real commits"
+)
+
+
+class Refusal:
+    """What a session carries whose unit has ended (P10)."""
+
+    def __init__(self, message: str, session: AsyncSession) -> None:
+        self.message = message
+        self._session = weakref.ref(session)
+
+    def get_bind(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse every statement."""
+        raise ContextClosedError(self.message)
+
+    def close_late(self) -> None:
+        """Close the session again, whose connection was still being opened when the unit ended."""
+        if (session := self._session()) is not None:
+            hold(self._close(session))
+
+    async def _close(self, session: AsyncSession) -> None:
+        await asyncio.sleep(0)  # the error of the statement is on its way out of the session
+        await session.close()
