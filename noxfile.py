@@ -95,9 +95,9 @@ def unit(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def examples(session: nox.Session) -> None:
-    """Run the tests of the example applications."""
+    """Run the tests of the example applications, and every code block of the documentation."""
     install(session, "test", "servers", "demo", packages=PACKAGES)
-    session.run("pytest", "examples", *session.posargs)
+    session.run("pytest", "examples", "docs", *session.posargs)
 
 
 @nox.session(tags=["ci"])

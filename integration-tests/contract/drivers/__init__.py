@@ -45,7 +45,6 @@ FRAMEWORKS: Mapping[str, Framework] = {
         ASGI_SERVERS,
         {
             Feature.COMMIT_ERROR_HANDLERS: "the middleware stands outside the application, whose error handling is over by then",
-            Feature.UNAVAILABLE_ANSWER: "there is no table of error handlers that setup could register one in",
             Feature.SYNC_HANDLERS: "an ASGI application is a coroutine function",
             Feature.GZIP: "bare ASGI has no such middleware",
             Feature.CORS: "bare ASGI has no such middleware",

@@ -147,7 +147,18 @@ async def _pop(db):
     pop_db_session_from_context(db)
 
 
-OF_A_CONNECT = [db_session, commit_db_session, rollback_db_session, close_db_session, keep_transaction, _atomic, _on_commit, _get, _put, _pop]
+OF_A_CONNECT = [
+    db_session,
+    commit_db_session,
+    rollback_db_session,
+    close_db_session,
+    keep_transaction,
+    _atomic,
+    _on_commit,
+    _get,
+    _put,
+    _pop,
+]
 
 
 @pytest.mark.parametrize("ask", OF_A_CONNECT)
@@ -163,7 +174,13 @@ async def _on_commit_of_all():
     on_commit(list)
 
 
-OF_ALL = [commit_all_sessions, rollback_all_sessions, close_all_sessions, lambda: auto_commit_by_status_code(200), _on_commit_of_all]
+OF_ALL = [
+    commit_all_sessions,
+    rollback_all_sessions,
+    close_all_sessions,
+    lambda: auto_commit_by_status_code(200),
+    _on_commit_of_all,
+]
 
 
 @pytest.mark.parametrize("ask", OF_ALL)

@@ -7,7 +7,8 @@ from context_sqla.adapters import Policy
 
 
 @pytest.mark.parametrize(
-    ("status", "commits"), [(100, True), (200, True), (204, True), (303, True), (399, True), (400, False), (404, False), (500, False), (599, False)]
+    ("status", "commits"),
+    [(100, True), (200, True), (204, True), (303, True), (399, True), (400, False), (404, False), (500, False), (599, False)],
 )
 def test_status_below_400_commits(status, commits):
     """The rule without a policy: below 400 commits, from 400 on rolls back (P3)."""

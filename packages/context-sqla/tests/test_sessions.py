@@ -923,7 +923,9 @@ async def test_close_all_forgets_every_session(db, other, databases, ledger):
     assert await ledger.names() == []
 
 
-@pytest.mark.parametrize(("status", "names"), [(200, ["a"]), (204, ["a"]), (302, ["a"]), (399, ["a"]), (400, []), (404, []), (500, [])])
+@pytest.mark.parametrize(
+    ("status", "names"), [(200, ["a"]), (204, ["a"]), (302, ["a"]), (399, ["a"]), (400, []), (404, []), (500, [])]
+)
 async def test_auto_commit_follows_the_status(db, ledger, status, names):
     """Below 400 commits, from 400 on rolls back (SEED)."""
     async with db_context():

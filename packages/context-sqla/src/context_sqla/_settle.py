@@ -40,6 +40,7 @@ async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = Fals
         # P4: the caller learns of the cancellation; the error of a commit must not be lost with it.
         cancelled.add_note(f"while it was cancelled: {type(error).__name__}: {error}")
         logger.error("An error was overtaken by a cancellation", exc_info=error)
+        raise cancelled from error
     raise cancelled
 
 

@@ -365,10 +365,13 @@ class Slot:
             self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds)
 
     def before(self) -> None:
-        """Ask the hooks before a commit by hand."""
-        if not self.hooked and (self.before_commit is not None or self.connect.before_commit):
+        """Do before a commit by hand what a unit does before its own: ask the hooks, look for a silent rollback (P4a, P14)."""
+        if not self.hooked:
             try:
-                await_only(self.ask_hooks())
+                if self.before_commit is not None or self.connect.before_commit:
+                    await_only(self.ask_hooks())
+                if self.lines.failed(cancelled_only=not self.connect.check_failed_transaction):
+                    await_only(self.check())
             except BaseException:
                 self.hooked = False
                 raise

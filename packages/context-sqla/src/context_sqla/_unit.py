@@ -68,6 +68,7 @@ class Unit(Container):
         if self.slots or self._on_commit or self._opening or self.borrowed:
             await self._decide(commits, keep=commits)
         self._commits = commits
+        self._waiting = None  # for the commit of a session that never came
         self.phase = Phase.STREAM
         if self._ahead:
             self._merge_ahead()
@@ -89,6 +90,7 @@ class Unit(Container):
                 self._broken = exc
                 raise
             await self._end_slots()
+        self._waiting = None
         self.phase = Phase.BACKGROUND
 
     def disconnected(self) -> None:
@@ -99,7 +101,7 @@ class Unit(Container):
         if self.phase is not Phase.STREAM:
             return
         self.phase = Phase.BACKGROUND
-        self._on_commit = None
+        self._on_commit = self._waiting = None
         if self.slots:
             doomed = list(self.slots.values())
             self.slots = {}

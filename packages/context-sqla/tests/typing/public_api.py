@@ -80,7 +80,9 @@ plain = DBConnect(create_engine, create_maker)
 assert_type(plain, DBConnect[AsyncSession])
 assert_type(DBConnect(create_engine, create_maker, "db1", choose), DBConnect[AsyncSession])
 assert_type(DBConnect(create_engine, create_maker, "db1", choose_nothing), DBConnect[AsyncSession])
-own = DBConnect(create_engine, create_own_maker, host="db1", before_create_session_handler=choose_own, name="own", cleanup_timeout=1)
+own = DBConnect(
+    create_engine, create_own_maker, host="db1", before_create_session_handler=choose_own, name="own", cleanup_timeout=1
+)
 assert_type(own, DBConnect[OwnSession])
 
 assert_type(DBConnect.from_url("sqlite+aiosqlite:///app.db"), DBConnect[AsyncSession])
