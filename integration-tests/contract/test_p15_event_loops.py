@@ -297,6 +297,45 @@ async def test_parent_keeps_its_very_connection_over_a_fork(database):
     assert ended == Ended(0, 0, "")
 
 
+async def test_child_that_goes_on_with_the_inherited_loop_connects_anew(database):
+    """A child that runs the parent's loop object does not take the parent's connection out of the pool (P15)."""
+    ended = await _script(
+        database,
+        """
+        import selectors
+
+        async def connection():
+            async with db_context():
+                session = await db_session(db)
+                raw = await (await session.connection()).get_raw_connection()
+                return id(raw.driver_connection)
+
+        async def child(parents):
+            assert db.pool_status().size == 0
+            assert await connection() != parents
+            await db.close()
+
+        # `select`: with `epoll` parent and child would share what they wait for
+        loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+        before = loop.run_until_complete(connection())
+        pid = os.fork()
+        if pid == 0:
+            try:
+                loop.run_until_complete(child(before))
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert loop.run_until_complete(connection()) == before
+        loop.run_until_complete(db.close())
+        loop.close()
+        pause()
+        """,
+    )
+
+    assert ended == Ended(0, 0, "")
+
+
 async def test_tests_with_a_loop_of_their_own(database, ledger, tmp_path):
     """Tests under pytest-asyncio, each with its own loop, share a module-level connect and close nothing (P15)."""
     url = database.url().render_as_string(hide_password=False)

@@ -404,6 +404,32 @@ async def test_middleware_that_answers_by_itself_decides(ledger, server):
     assert log == ["start 200 [a]", "body end [a b]"]
 
 
+async def test_middleware_that_replaces_the_response_does_not_finish_its_body(ledger, server):
+    """The end of another body is not the end of this one, which was given up (P5)."""
+
+    async def app(scope, receive, send):
+        await ledger.write("a")
+        await send(OK)
+        await ledger.write("b")
+        await send(END | {"more_body": True})
+
+    def between(app):
+        async def middleware(scope, receive, send):
+            async def drop(message):
+                pass
+
+            await app(scope, receive, drop)
+            await send(OK | {"status": 304})
+            await send(END)
+
+        return middleware
+
+    log = await server.call(stack(app, between))
+
+    assert log == ["start 304 [a]", "body end [a]"]
+    assert ledger.names() == "a"
+
+
 async def test_commit_point_can_be_watched(ledger, server):
     """It calls `watch` with the unit before the application runs."""
     seen = []

@@ -157,6 +157,21 @@ async def test_handler_answers_a_failed_commit(make_whole, routes, client_of):
     assert response.headers["access-control-allow-origin"] == "*"
 
 
+async def test_background_work_of_the_answer_is_committed(make_whole, routes, ledger, client_of):
+    """The handler's answer to a failed commit is an answer like any other (P6)."""
+
+    async def handler(request, exc):
+        return PlainTextResponse("conflict", 409, background=BackgroundTask(ledger.write, "b"))
+
+    app = make_whole(routes)
+    app.add_exception_handler(IntegrityError, handler)
+    client = await client_of(app)
+
+    await client.get("/orphan")
+
+    assert ledger.names() == "b"
+
+
 async def test_unavailable_database_is_503(make_whole, routes, client_of):
     """The class answers what no handler did."""
     client = await client_of(make_whole(routes))

@@ -301,6 +301,28 @@ async def test_error_of_the_handler_is_a_500(routes, ledger, client_of):
     assert response.text == "broken: LookupError"
 
 
+async def test_errors_of_the_endpoint_are_left_to_starlette(client_of):
+    """A handler that raises again is asked as often as without `setup` (P4b)."""
+    seen = []
+
+    async def crash(request):
+        raise LookupError
+
+    async def handler(request, exc):
+        seen.append(exc)
+        raise exc
+
+    plain, app = (Starlette(routes=[Route("/", crash)], exception_handlers={LookupError: handler, 500: broken}) for _ in range(2))
+    setup(app)
+
+    await (await client_of(plain)).get("/")
+    asked = len(seen)
+    response = await (await client_of(app)).get("/")
+
+    assert response.text == "broken: LookupError"
+    assert len(seen) == 2 * asked
+
+
 async def test_http_exception_of_before_commit_is_answered(routes, ledger, client_of):
     """A hook refuses a commit with the status of its choice (P14)."""
 

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast, overload
 
 from sqlalchemy import select
 from sqlalchemy.engine import URL
@@ -39,6 +39,19 @@ class PoolStatus:
     checked_out: int
     overflow: int
     waiting: int | None
+
+
+class ConnectOptions(TypedDict, total=False):
+    """The keyword options of `DBConnect`."""
+
+    name: str | None
+    check_failed_transaction: bool
+    cleanup_timeout: float
+    commit_timeout: float
+    drain_timeout: float
+    idle_host_grace: float
+    handler_timeout: float | None
+    warn_held_after: float | None
 
 
 class DBConnect(Generic[S]):
@@ -79,18 +92,18 @@ class DBConnect(Generic[S]):
     ) -> None:
         if host is not None:
             _check_host(host)
-        self.host = host
+        self.host: str | None = host
         number = next(_numbers)
-        self.context_key = f"context_sqla:{number}"
-        self.name = name or f"db{number}"
-        self.before_create_session_handler = before_create_session_handler
-        self.check_failed_transaction = check_failed_transaction
-        self.cleanup_timeout = cleanup_timeout
-        self.commit_timeout = commit_timeout
-        self.drain_timeout = drain_timeout
-        self.idle_host_grace = idle_host_grace
-        self.handler_timeout = handler_timeout
-        self.warn_held_after = warn_held_after
+        self.context_key: str = f"context_sqla:{number}"
+        self.name: str = name or f"db{number}"
+        self.before_create_session_handler: Callable[[DBConnect[S]], Awaitable[str | None]] | None = before_create_session_handler
+        self.check_failed_transaction: bool = check_failed_transaction
+        self.cleanup_timeout: float = cleanup_timeout
+        self.commit_timeout: float = commit_timeout
+        self.drain_timeout: float = drain_timeout
+        self.idle_host_grace: float = idle_host_grace
+        self.handler_timeout: float | None = handler_timeout
+        self.warn_held_after: float | None = warn_held_after
         self.engine_created: list[Callable[[AsyncEngine, str], None]] = []
         self.before_commit: list[Callable[[S], Awaitable[Any]]] = []
         self.committed: list[Callable[[S, str], Awaitable[Any]]] = []
@@ -113,7 +126,7 @@ class DBConnect(Generic[S]):
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         before_create_session_handler: "Callable[[DBConnect[S]], Awaitable[str | None]] | None" = None,
-        **options: Any,
+        **options: Unpack[ConnectOptions],
     ) -> "DBConnect[S]": ...
 
     @overload
@@ -126,7 +139,7 @@ class DBConnect(Generic[S]):
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         before_create_session_handler: "Callable[[DBConnect[AsyncSession]], Awaitable[str | None]] | None" = None,
-        **options: Any,
+        **options: Unpack[ConnectOptions],
     ) -> "DBConnect[AsyncSession]": ...
 
     @classmethod
@@ -139,7 +152,7 @@ class DBConnect(Generic[S]):
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         before_create_session_handler: Any = None,
-        **options: Any,
+        **options: Unpack[ConnectOptions],
     ) -> "DBConnect[Any]":
         """Make a connect from a database URL, with `expire_on_commit=False` unless told otherwise.
 
@@ -173,7 +186,7 @@ class DBConnect(Generic[S]):
         return cls(create_engine, create_maker, own if host is None else host, before_create_session_handler, **options)
 
     @classmethod
-    def from_sessionmaker(cls, maker: async_sessionmaker[S], **options: Any) -> "DBConnect[S]":
+    def from_sessionmaker(cls, maker: async_sessionmaker[S], **options: Unpack[ConnectOptions]) -> "DBConnect[S]":
         """Make a connect over an engine that the application already has; `close()` leaves that engine open.
 
         Args:

@@ -38,6 +38,7 @@ class Container:
     __slots__ = (
         "_ahead",
         "_opening",
+        "_producers",
         "_waiting",
         "borrowed",
         "committed",
@@ -55,19 +56,20 @@ class Container:
     )
 
     def __init__(self, policy: Policy, label: Callable[[], str] | None) -> None:
-        self.policy = policy
-        self.label = label
-        self.phase = Phase.HANDLER
+        self.policy: Policy = policy
+        self.label: Callable[[], str] | None = label
+        self.phase: Phase = Phase.HANDLER
         self.slots: dict[str, Slot] = {}
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
         self.options: Mapping[str, Any] | None = None  # of every transaction of this unit
-        self.committed = False  # something of this unit can no longer be rolled back
+        self.committed: bool = False  # something of this unit can no longer be rolled back
         self._ahead: dict[str, Slot] | None = None
         self._opening: dict[str, asyncio.Task[Slot]] | None = None
+        self._producers: set[asyncio.Task[Any] | None] | None = None  # tasks that make the body beside the request's own
         self._waiting: dict[str, list[Callback]] | None = None
         # In tests (P12)
-        self.joinable = False  # opened by a test, for others to join
-        self.joined = False
+        self.joinable: bool = False  # opened by a test, for others to join
+        self.joined: bool = False
         self.parent: Container | None = None
         self.loop: asyncio.AbstractEventLoop | None = None  # that of the test
         self.turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
@@ -92,10 +94,12 @@ class Container:
         key = connect.context_key
         self.check_open(connect)
         slots = self.slots
-        if self.phase is Phase.HANDLER and self.runs_ahead is not None and self.runs_ahead():
-            if self._ahead is None:
-                self._ahead = {}
-            slots = self._ahead
+        if self.runs_ahead is not None and self.runs_ahead():
+            self._producers = {*(self._producers or ()), asyncio.current_task()}
+            if self.phase is Phase.HANDLER:
+                if self._ahead is None:
+                    self._ahead = {}
+                slots = self._ahead
         slot = slots.get(key) or (self.borrowed or {}).get(key)
         if slot is None:
             if connect.before_create_session_handler is None and not self.joined:
@@ -207,6 +211,18 @@ class Container:
     async def _opened(self) -> None:
         while self._opening:
             await asyncio.wait(tuple(self._opening.values()))
+
+    async def _produced(self) -> None:
+        """Wait for the tasks that made the body, and raise the error of one that failed: then so did the body (P5)."""
+        tasks = [task for task in self._producers or () if task is not None and task is not asyncio.current_task()]
+        self._producers = None
+        if tasks:
+            await asyncio.wait(tasks, timeout=max((slot.connect.cleanup_timeout for slot in self._own()), default=0))
+        for task in tasks:
+            if task.cancelled():
+                raise ContextSqlaError("the task that made the body of this response was cancelled")
+            if task.done() and (error := task.exception()) is not None:
+                raise error
 
     def _merge_ahead(self) -> None:
         """Let the body go on with the sessions that it opened before the head; the handler's are done."""

@@ -25,12 +25,12 @@ class Line:
     __slots__ = ("__weakref__", "cancelled", "committing", "cursor", "driver", "ended", "expired", "failure", "running")
 
     def __init__(self, driver: Any) -> None:
-        self.driver = driver
+        self.driver: Any = driver
         self.running: set[Any] = set()
         self.failure: str | None = None  # a statement failed in this transaction, and how
-        self.cancelled = False  # ... because it was cancelled
-        self.committing = False  # a COMMIT was sent
-        self.cursor = False  # a server-side cursor was opened
+        self.cancelled: bool = False  # ... because it was cancelled
+        self.committing: bool = False  # a COMMIT was sent
+        self.cursor: bool = False  # a server-side cursor was opened
         self.expired: str | None = None  # it was cut at a limit in time
         self.ended: str | None = None  # the unit cut this connection, and why
 
@@ -69,7 +69,7 @@ class Watch:
         self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
         self.open: dict[int, Any] = {}
         self.out: set[Any] = set()  # the pool's records of the connections in use
-        self.retired = False  # connections are closed as they come back
+        self.retired: bool = False  # connections are closed as they come back
 
     def cut_all(self) -> None:
         """Cut every connection, in use or not."""

@@ -14,10 +14,10 @@ class Prepared:
     """A transaction that was, or may have been, prepared."""
 
     def __init__(self, engine: AsyncEngine, gid: str, line: Line) -> None:
-        self.engine = engine
-        self.gid = gid
-        self.line = line
-        self.pid = _drivers.backend_pid(line.driver)
+        self.engine: AsyncEngine = engine
+        self.gid: str = gid
+        self.line: Line = line
+        self.pid: int = _drivers.backend_pid(line.driver)
 
 
 class Lines:

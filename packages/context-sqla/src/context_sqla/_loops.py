@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from ._engines import watch
+from ._engines import Watch, watch
 from ._settle import hold, logger
 
 
@@ -27,12 +27,12 @@ class Member:
     __slots__ = ("adopted", "chosen", "engine", "host", "maker", "watch")
 
     def __init__(self, host: str, engine: AsyncEngine, maker: async_sessionmaker[Any], *, adopted: bool) -> None:
-        self.host = host
-        self.engine = engine
-        self.maker = maker
-        self.adopted = adopted
-        self.watch = watch(engine)
-        self.chosen = 0.0
+        self.host: str = host
+        self.engine: AsyncEngine = engine
+        self.maker: async_sessionmaker[Any] = maker
+        self.adopted: bool = adopted
+        self.watch: Watch = watch(engine)
+        self.chosen: float = 0.0
 
     async def dispose(self, timeout: float) -> None:
         """Close the idle connections; those in use are closed when they come back; nothing waits longer than the limit."""
@@ -48,7 +48,7 @@ class LoopState:
     """What a connect has in one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+        self.loop: asyncio.AbstractEventLoop = loop
         self.members: dict[str, Member] = {}
         self.active: set[Any] = set()  # the sessions of running units
         self.retiring: set[Member] = set()

@@ -8,14 +8,14 @@ from sqlalchemy import select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
 from ._callbacks import Callback, Callbacks
 from ._connect import DBConnect
 from ._engines import KEY
 from ._lines import Lines, Prepared
-from ._policy import Policy
+from ._policy import BeforeCommitCallback, Policy
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
 from ._settle import logger, settle
 from .errors import SessionBusyError, _outcome_of
@@ -60,18 +60,18 @@ class Slot:
     """
 
     def __init__(self, connect: DBConnect[Any], session: AsyncSession, host: str, owner: Owner) -> None:
-        self.connect = connect
-        self.session = session
-        self.sync = session.sync_session
-        self.host = host
-        self.owner = owner
-        self.before_commit = owner.policy.before_commit
-        self.lines = Lines()
-        self.foreign = False  # put into the unit by hand
-        self.kept = False  # P5: the transaction goes on after the head
+        self.connect: DBConnect[Any] = connect
+        self.session: AsyncSession = session
+        self.sync: Session = session.sync_session
+        self.host: str = host
+        self.owner: Owner = owner
+        self.before_commit: BeforeCommitCallback | None = owner.policy.before_commit
+        self.lines: Lines = Lines()
+        self.foreign: bool = False  # put into the unit by hand
+        self.kept: bool = False  # P5: the transaction goes on after the head
         self.ended: str | None = None
-        self.hooked = False  # the before-commit hooks have run for this transaction
-        self.deferring = False  # a unit commits several sessions and runs what is due afterwards
+        self.hooked: bool = False  # the before-commit hooks have run for this transaction
+        self.deferring: bool = False  # a unit commits several sessions and runs what is due afterwards
         self.prepared: list[Prepared] = []
         self._callbacks = Callbacks()
         self._due: list[Callback] = []

@@ -32,6 +32,10 @@ class Unit(Container):
 
     __slots__ = ("_broken", "_cleaning", "_commits", "_on_commit", "_token")
 
+    phase: Phase
+    slots: dict[str, Slot]
+    parent: Container | None
+
     def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         super().__init__(policy, label)
         self._commits = True
@@ -85,6 +89,8 @@ class Unit(Container):
             raise self._broken  # whoever swallowed it the first time must not complete the response
         if self.slots or self._on_commit or self._opening or self.borrowed:
             try:
+                if self._producers:
+                    await self._produced()
                 await self._decide(self._commits)
             except BaseException as exc:
                 self._broken = exc

@@ -56,7 +56,7 @@ class UnavailableError(ContextSqlaError):
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after: float | None = retry_after
 
 
 class CursorClosedError(ContextSqlaError):
