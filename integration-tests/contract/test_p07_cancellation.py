@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import itertools
 
 import anyio
@@ -19,7 +18,7 @@ from context_sqla import (
     is_in_doubt,
     rollback_db_session,
 )
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from support.deadline import DEADLINE, until
 from support.postgres import Postgres
@@ -251,7 +250,9 @@ async def test_loop_that_shuts_down_leaves_nothing(db, ledger, bench):
 
 
 @pytest.mark.wire
-@pytest.mark.parametrize("positions", [lambda n: {n}, lambda n: {n, n + 1}, lambda n: _EVERY[n - 1 :]], ids=["once", "twice", "storm"])
+@pytest.mark.parametrize(
+    "positions", [lambda n: {n}, lambda n: {n, n + 1}, lambda n: _EVERY[n - 1 :]], ids=["once", "twice", "storm"]
+)
 @pytest.mark.parametrize("kind", ["answer", "refusal", "stream"])
 async def test_cancellation_at_every_suspension_of_a_request(serve, db, ledger, bench, kind, positions):
     """A request whose task is cancelled at any await, whatever its answer, leaves the pool whole and whole rows (P7)."""
@@ -284,11 +285,14 @@ async def test_cancellation_at_every_suspension_of_a_request(serve, db, ledger, 
         await until(lambda: bench.databases.checked_out() == 0, message=f"checked out at {n}")
         await until(lambda: _none(ledger.idle_in_transaction()), message=f"idle in transaction at {n}")
         names = [name.partition(" ")[2] for name in await ledger.names() if name.startswith(f"{n} ")]
-        assert names in {
-            "answer": ([], ["a", "b"]),
-            "refusal": ([],),
-            "stream": ([], ["a", "b"], ["a", "b", "c", "d"]),
-        }[kind], n
+        assert (
+            names
+            in {
+                "answer": ([], ["a", "b"]),
+                "refusal": ([],),
+                "stream": ([], ["a", "b"], ["a", "b", "c", "d"]),
+            }[kind]
+        ), n
         _forget_upstream_tasks()
         if watch.seen < n:
             break
@@ -457,7 +461,9 @@ async def test_error_of_a_commit_is_not_lost_in_a_cancellation(db, ledger, caplo
         await asyncio.wait_for(task, DEADLINE)
 
     assert "IntegrityError" in "\n".join(caught.value.__notes__)
-    assert [record.name for record in caplog.records if record.exc_info and record.exc_info[0] is IntegrityError] == ["context_sqla"]
+    assert [record.name for record in caplog.records if record.exc_info and record.exc_info[0] is IntegrityError] == [
+        "context_sqla"
+    ]
 
 
 @pytest.mark.wire
@@ -943,7 +949,9 @@ async def test_failed_gather_that_is_answered_by_a_4xx(serve, connect, ledger, b
 
 
 #: From the 600th row on it waits for an advisory lock, long after the statement itself has been answered.
-_ROWS = text("SELECT CASE WHEN i < 600 THEN i ELSE i + length(pg_advisory_xact_lock(7)::text) END FROM generate_series(1, 2000) i")
+_ROWS = text(
+    "SELECT CASE WHEN i < 600 THEN i ELSE i + length(pg_advisory_xact_lock(7)::text) END FROM generate_series(1, 2000) i"
+)
 
 
 async def _fetch(db):

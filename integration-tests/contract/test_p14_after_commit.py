@@ -400,6 +400,44 @@ async def test_callback_registered_before_a_session_that_never_came_is_dropped(s
     assert log.entries == [("background", ["b"])]
 
 
+async def test_callback_of_a_session_that_did_nothing_is_dropped(serve, db, log):
+    """The same for a session that was asked for and had no transaction: a refused request drops what waits for its commit (P14)."""
+
+    async def body():
+        await insert(db, "b")
+        await (await db_session(db)).commit()
+        yield b"done"
+
+    async def handler(request):
+        await db_session(db)
+        on_commit(log.plain("handler"), connect=db)
+        return Answer(400, stream=body())
+
+    await (await serve(handler)).post()
+
+    assert log.entries == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_callback_waits_for_a_session_that_only_the_body_uses(serve, db, log, asked):
+    """A handler that commits nothing and answers well: the next commit of that session is the one of the body (P5, P14)."""
+
+    async def body():
+        yield b"first"
+        await insert(db, "b")
+        yield b"last"
+
+    async def handler(request):
+        if asked:
+            await db_session(db)
+        on_commit(log("done"), connect=db)
+        return Answer(200, stream=body())
+
+    await (await serve(handler)).get()
+
+    assert log.entries == [("done", ["b"])]
+
+
 @pytest.mark.parametrize("how", ["rollback_db_session", "session.rollback", "close_db_session", "session.close"])
 async def test_callback_of_a_connect_is_dropped_by_a_rollback_by_hand(serve, db, log, how):
     """A rollback by hand drops it, whatever is committed afterwards (P14)."""

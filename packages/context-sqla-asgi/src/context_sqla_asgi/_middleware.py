@@ -40,6 +40,7 @@ def request_label(scope: Scope) -> str:
 
 
 async def _answer_unavailable(error: Exception, scope: Scope, wire: Wire) -> bool:
+    """Answer an `UnavailableError` with 503 and `Retry-After`, and nothing else; the unit rolls back."""
     if not isinstance(error, UnavailableError):
         return False
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", retry_after_header(error).encode())]

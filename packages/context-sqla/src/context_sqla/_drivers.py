@@ -7,6 +7,7 @@ correctness.
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -77,7 +78,16 @@ def creator(dialect: Any) -> Callable[..., Awaitable[Any]] | None:
     if dialect.driver in ("psycopg", "psycopg_async"):
         found = dbapi.psycopg.AsyncConnection.connect
         return found
+    if dialect.driver == "aiosqlite":
+        found = dbapi.aiosqlite.connect
+        return found
     return None
+
+
+def thread_of(connection: Any) -> threading.Thread | None:
+    """Return the thread in which an aiosqlite connection works."""
+    thread = getattr(connection, "_thread", connection)
+    return thread if isinstance(thread, threading.Thread) else None
 
 
 def in_transaction(connection: Any) -> bool:

@@ -4,9 +4,10 @@ All of it stands on SQLAlchemy's public events; an engine is watched once, howev
 """
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
@@ -43,12 +44,19 @@ class Line:
 class Dial:
     """Open connections in tasks that `Watch.abort` can end without cancelling whoever waits for them."""
 
-    def __init__(self, creator: Callable[..., Awaitable[Any]], dialling: set[asyncio.Task[Any]]) -> None:
+    def __init__(
+        self, creator: Callable[..., Awaitable[Any]], dialling: set[asyncio.Task[Any]], threads: WeakSet[threading.Thread]
+    ) -> None:
         self._creator = creator
         self._dialling = dialling
+        self._threads = threads
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        task = asyncio.ensure_future(self._creator(*args, **kwargs))
+        opening = self._creator(*args, **kwargs)
+        if (thread := _drivers.thread_of(opening)) is not None:
+            thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
+            self._threads.add(thread)
+        task = asyncio.ensure_future(opening)
         self._dialling.add(task)
         try:
             return await task
@@ -63,9 +71,10 @@ class Dial:
 class Watch:
     """The connections of one engine."""
 
-    __slots__ = ("__weakref__", "dialling", "open", "out", "retired")
+    __slots__ = ("__weakref__", "_threads", "dialling", "open", "out", "retired")
 
     def __init__(self) -> None:
+        self._threads: WeakSet[threading.Thread] = WeakSet()
         self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
         self.open: dict[int, Any] = {}
         self.out: set[Any] = set()  # the pool's records of the connections in use
@@ -85,6 +94,13 @@ class Watch:
         for key, dbapi in everything.items():
             (_drivers.cut if key in self.open else _drivers.discard)(dbapi.driver_connection)
         return len(everything) + len(self.dialling)
+
+    def end(self) -> None:
+        """End what is still open while its event loop still runs, threads included: they report to the loop."""
+        for driver in self._drivers():
+            _drivers.discard(driver)
+        for thread in tuple(self._threads):
+            thread.join(1)
 
     def drop_all(self) -> None:
         """Close every connection of an event loop that is gone."""
@@ -110,7 +126,7 @@ class Watch:
     def _dial(self, dialect: Any, _record: Any, _cargs: Any, cparams: dict[str, Any]) -> None:
         creator = cparams.get("async_creator_fn") or _drivers.creator(dialect)
         if creator is not None and not isinstance(creator, Dial):
-            cparams["async_creator_fn"] = Dial(creator, self.dialling)
+            cparams["async_creator_fn"] = Dial(creator, self.dialling, self._threads)
 
     def _connected(self, dbapi: Any, _record: Any) -> None:
         self.open[id(dbapi)] = dbapi

@@ -125,7 +125,7 @@ class LoopState:
             if for_good or not member.adopted:
                 await member.dispose(cleanup_timeout)
             if for_good:
-                member.watch.cut_all()
+                member.watch.end()
 
     async def _until_the_loop_ends(self, cleanup_timeout: float) -> AsyncIterator[None]:
         try:
