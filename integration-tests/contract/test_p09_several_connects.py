@@ -21,6 +21,11 @@ from support.scenario import Answer, Feature
 from support.wire import Address
 
 
+@pytest.fixture(autouse=True)
+def _contract(bench):
+    """What serves nothing runs once per database, not once per framework."""
+
+
 @pytest.fixture(name="third_database")
 async def _third_database(bench):
     return await bench.databases.database("third")

@@ -44,6 +44,11 @@ class Hosts:
         return not await self.connections(host, name)
 
 
+@pytest.fixture(autouse=True)
+def _contract(bench):
+    """What serves nothing runs once per database, not once per framework."""
+
+
 @pytest.fixture(name="hosts")
 async def _hosts(bench, database, postgres, spare_postgres):
     there = await bench.databases.database("first", server=spare_postgres)

@@ -69,6 +69,11 @@ class Ear:
         return [form for form in FORMS if form in said]
 
 
+@pytest.fixture(autouse=True)
+def _contract(bench):
+    """What serves nothing runs once per database, not once per framework."""
+
+
 @pytest.fixture(name="ear")
 def _ear(caplog):
     caplog.set_level(logging.DEBUG, logger="context_sqla")

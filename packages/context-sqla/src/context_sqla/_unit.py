@@ -69,10 +69,9 @@ class Unit(Container):
         if self.phase is not Phase.HANDLER:
             return
         commits = self.policy.commits(status)
-        if self.slots or self._on_commit or self._opening or self.borrowed:
+        if self.slots or self._on_commit or self._opening or self._waiting or self.borrowed:
             await self._decide(commits, keep=commits)
         self._commits = commits
-        self._waiting = None  # for the commit of a session that never came
         self.phase = Phase.STREAM
         if self._ahead:
             self._merge_ahead()
@@ -216,13 +215,24 @@ class Unit(Container):
         slots = self._own()
         callbacks, self._on_commit = self._on_commit, None
         if not commits:
+            self._drop_callbacks(slots)
             await _commit.roll_back(slots)
             return
-        await _commit.commit(slots, keep=keep)
+        try:
+            await _commit.commit(slots, keep=keep)
+        except BaseException:
+            self._drop_callbacks(slots)
+            raise
         for slot in (self.borrowed or {}).values():
             await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
             await settle(lambda: self._run_callbacks(callbacks))
+
+    def _drop_callbacks(self, slots: list[Slot]) -> None:
+        """Drop what waits for a commit that is not to come (P14)."""
+        self._waiting = None
+        for slot in slots:
+            slot.take_callbacks()
 
     async def _run_callbacks(self, callbacks: list[Callback]) -> None:
         for callback in callbacks:
