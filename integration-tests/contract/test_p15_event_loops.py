@@ -563,7 +563,6 @@ async def test_first_use_by_many_requests_makes_one_engine(serve, db, bench, led
 async def test_shutdown_waits_for_a_request(serve, db, bench, ledger):
     """A server that shuts down while a request is out: the connects are closed after that request's unit has ended (P15)."""
     begun = asyncio.Event()
-    hooks = []
 
     async def handler(request):
         await insert(db, "a")
@@ -571,16 +570,10 @@ async def test_shutdown_waits_for_a_request(serve, db, bench, ledger):
         await asyncio.Event().wait()
         return Answer(201)
 
-    async def hook():
-        hooks.append(bench.databases.checked_out())
-
-    service = await serve(handler, on_shutdown=[hook])
+    service = await serve(handler)
     async with service.connect() as connection:
         await connection.send("POST", "/")
         await asyncio.wait_for(begun.wait(), 10)
-        for task in asyncio.all_tasks():
-            if task.get_coro().__qualname__.endswith("RequestResponseCycle.run_asgi"):
-                assert not task.done()
         stopping = asyncio.create_task(service.stop(grace=0.05))
         await asyncio.wait((stopping,), timeout=10)
         if not stopping.done():  # this server waits for its requests for ever

@@ -113,6 +113,7 @@ class UnitMachine:
         self.numbers = itertools.count()
         self.unit: Unit | None = None
         self.status: int | None = None  # of the head, once it is out
+        self.broken: Exception | None = None  # the error of the body's commit
         self.callbacks: set[int] = set()  # wait for the unit
         self.must_run: set[int] = set()
         self.ran: list[int] = []
@@ -176,7 +177,7 @@ class UnitMachine:
             return Unit.enter()
 
         self.unit = self.run(enter())
-        self.status = None
+        self.status = self.broken = None
         assert self.unit.phase is Phase.HANDLER
 
     def ask(self, side, number):
@@ -306,6 +307,10 @@ class UnitMachine:
             assert error is None
             assert self.unit.phase is before
             return
+        if self.broken is not None:  # a body that failed to commit stays broken: nothing is decided again
+            assert error is self.broken
+            return
+        self.broken = error
         self.decide(self.status < 400, error)
         if error is None:
             assert self.unit.phase is Phase.BACKGROUND
@@ -351,9 +356,8 @@ class UnitMachine:
 
     def _forget_sessions(self) -> None:
         for side in self.all_sides():
-            if side.session is not None:
-                side.callbacks = set()
             side.session = None
+            side.callbacks = set()  # background work is a unit of its own (P6)
 
     def checked_out(self) -> int:
         return sum(side.checked_out() for side in self.all_sides())
