@@ -225,6 +225,7 @@ async def _none(found):
 
 # SQLAlchemy and aiosqlite alone have this race too, about once in thirty sweeps: a thread that closes as its loop does.
 @pytest.mark.filterwarnings("ignore:<aiosqlite.core.Connection:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:unclosed database in <sqlite3.Connection:ResourceWarning")  # Python 3.13; aiosqlite's own
 @pytest.mark.wire
 async def test_loop_that_shuts_down_leaves_nothing(db, ledger, bench):
     """``asyncio.run`` cancels every task at its end, the clean-up's own too: nothing is left, in any position (P7)."""

@@ -93,6 +93,8 @@ async def _script(database, body: str, *, strict: bool = True) -> Ended:
             sys.executable,
             "-W",
             f"{'error' if strict else 'ignore'}::ResourceWarning",
+            "-W",
+            "ignore:This process:DeprecationWarning",  # from Python 3.12 on fork() warns where there are threads
             "-c",
             _PRELUDE + textwrap.dedent(body),
             *arguments,

@@ -53,19 +53,28 @@ class Dial:
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         opening = self._creator(*args, **kwargs)
-        if (thread := _drivers.thread_of(opening)) is not None:
-            thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
-            self._threads.add(thread)
+        thread = _drivers.thread_of(opening)
         task = asyncio.ensure_future(opening)
         self._dialling.add(task)
+        if thread is not None:
+            thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
+            self._threads.add(thread)
         try:
-            return await task
+            # A thread that is opening a file goes on whatever is cancelled: what it opens has to be closed.
+            return await (task if thread is None else asyncio.shield(task))
         except asyncio.CancelledError as exc:
             if exc.args == (_ABORTED,):
                 raise ConnectionAbortedError(_ABORTED) from None
             raise
         finally:
             self._dialling.discard(task)
+            if not task.done():
+                task.add_done_callback(_discard_opened)
+
+
+def _discard_opened(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        _drivers.discard(task.result())
 
 
 class Watch:

@@ -17,7 +17,7 @@ from ._container import Container, Phase
 from ._policy import DEFAULT_POLICY, Policy
 from ._settle import hold, logger, settle
 from ._slot import Slot
-from .errors import ForeignLoopError
+from .errors import ContextSqlaError, ForeignLoopError
 
 
 class Unit(Container):
@@ -30,7 +30,7 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
-    __slots__ = ("_broken", "_cleaning", "_commits", "_on_commit", "_token")
+    __slots__ = ("_broken", "_cleaning", "_commits", "_ending", "_on_commit", "_token")
 
     phase: Phase
     slots: dict[str, Slot]
@@ -40,6 +40,7 @@ class Unit(Container):
         super().__init__(policy, label)
         self._commits = True
         self._broken: BaseException | None = None
+        self._ending = False  # the final commit of the body has begun
         self._on_commit: list[Callback] | None = None
         self._cleaning: asyncio.Task[None] | None = None
         self._token: Token[Any] | None = None
@@ -82,15 +83,21 @@ class Unit(Container):
         Raises:
             Exception: that of the commit; the last byte must then not leave.
         """
-        if self.phase is not Phase.STREAM:
-            return
         if self._broken is not None:
             raise self._broken  # whoever swallowed it the first time must not complete the response
+        if self.phase is not Phase.STREAM:
+            return
         if self.slots or self._on_commit or self._opening or self.borrowed:
+            self._ending = True
             try:
                 if self._producers:
                     await self._produced()
                 await self._decide(self._commits)
+            except asyncio.CancelledError:
+                self._broken = ContextSqlaError("the request was cancelled before its body was complete")
+                self.phase = Phase.BACKGROUND
+                await self._end_slots()
+                raise
             except BaseException as exc:
                 self._broken = exc
                 raise
@@ -103,7 +110,7 @@ class Unit(Container):
 
         Before the head it means nothing, the handler may run to its end and commit; after the last byte it is no failure.
         """
-        if self.phase is not Phase.STREAM:
+        if self.phase is not Phase.STREAM or self._ending:
             return
         self.phase = Phase.BACKGROUND
         self._on_commit = self._waiting = None
