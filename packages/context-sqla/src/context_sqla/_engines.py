@@ -17,7 +17,6 @@ from . import _drivers
 from .errors import ContextClosedError, CursorClosedError
 
 KEY = "context_sqla"
-_ABORTED = "the host was aborted while this connection was being opened"
 
 
 class Line:
@@ -60,16 +59,20 @@ class Dial:
             thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
             self._threads.add(thread)
         try:
-            # A thread that is opening a file goes on whatever is cancelled: what it opens has to be closed.
+            # A thread that is opening a file goes on, whatever is cancelled.
             return await (task if thread is None else asyncio.shield(task))
-        except asyncio.CancelledError as exc:
-            if exc.args == (_ABORTED,):
-                raise ConnectionAbortedError(_ABORTED) from None
+        except asyncio.CancelledError:
+            # Whoever is cancelled takes nothing: what was, or will be, opened all the same has to be closed.
+            if task.done():
+                _discard_opened(task)
+            else:
+                task.add_done_callback(_discard_opened)
+            waiting = asyncio.current_task()
+            if task.cancelled() and waiting is not None and not waiting.cancelling():
+                raise ConnectionAbortedError("the host was aborted while this connection was being opened") from None
             raise
         finally:
             self._dialling.discard(task)
-            if not task.done():
-                task.add_done_callback(_discard_opened)
 
 
 def _discard_opened(task: asyncio.Task[Any]) -> None:
@@ -97,7 +100,7 @@ class Watch:
     def abort(self) -> int:
         """Cut the connections in use and those being opened, discard the idle ones, and return how many there were."""
         for task in self.dialling:
-            task.cancel(_ABORTED)
+            task.cancel()
         everything = self.open
         self.open = {id(dbapi): dbapi for record in self.out if (dbapi := record.dbapi_connection) is not None}
         for key, dbapi in everything.items():
