@@ -105,7 +105,7 @@ def examples(session: nox.Session) -> None:
 def contract(session: nox.Session, framework: str) -> None:
     """Run every promise on one framework, whose adapter is alone with its declared dependencies."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", *session.posargs)
+    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session(name="contract-full", tags=["nightly"])
@@ -113,7 +113,9 @@ def contract(session: nox.Session, framework: str) -> None:
 def contract_full(session: nox.Session, framework: str) -> None:
     """Run every promise on every server and every database, not only pairwise."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--full", *session.posargs)
+    session.run(
+        "pytest", "integration-tests/contract", f"--framework={framework}", "--full", "--numprocesses=auto", *session.posargs
+    )
 
 
 @nox.session(tags=["nightly"])
@@ -124,7 +126,7 @@ def lowest(session: nox.Session, framework: str) -> None:
         session.skip("only uv resolves to the lowest versions")
     install(session, "test", "servers", packages=FRAMEWORKS[framework], lowest=True)
     old = "-Wdefault::DeprecationWarning"  # old frameworks use what newer Pythons and pydantics deprecate
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", old, *session.posargs)
+    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", old, *session.posargs)
 
 
 @nox.session(tags=["ci"])
