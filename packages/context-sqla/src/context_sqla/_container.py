@@ -27,6 +27,10 @@ class Phase(StrEnum):
     CLOSED = "closed"
 
 
+# Members of an enumeration are slow to reach on Python 3.11.
+HANDLER, STREAM, BACKGROUND, CLOSED = Phase.HANDLER, Phase.STREAM, Phase.BACKGROUND, Phase.CLOSED
+
+
 class Container:
     """The sessions of one unit, and what they need to know of it.
 
@@ -35,45 +39,27 @@ class Container:
         label: returns what log lines call the unit.
     """
 
-    __slots__ = (
-        "_ahead",
-        "_opening",
-        "_producers",
-        "_waiting",
-        "borrowed",
-        "committed",
-        "joinable",
-        "joined",
-        "label",
-        "loop",
-        "options",
-        "parent",
-        "phase",
-        "policy",
-        "runs_ahead",
-        "slots",
-        "turns",
-    )
+    # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
+    phase: Phase = HANDLER
+    options: Mapping[str, Any] | None = None  # of every transaction of this unit
+    committed: bool = False  # something of this unit can no longer be rolled back
+    _ahead: dict[str, Slot] | None = None
+    _opening: dict[str, "asyncio.Task[Slot]"] | None = None
+    _producers: set["asyncio.Task[Any] | None"] | None = None  # tasks that make the body beside the request's own
+    _waiting: dict[str, list[Callback]] | None = None
+    # In tests (P12)
+    joinable: bool = False  # opened by a test, for others to join
+    joined: bool = False
+    parent: "Container | None" = None
+    loop: asyncio.AbstractEventLoop | None = None  # that of the test
+    turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
+    borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
     def __init__(self, policy: Policy, label: Callable[[], str] | None) -> None:
         self.policy: Policy = policy
         self.label: Callable[[], str] | None = label
-        self.phase: Phase = Phase.HANDLER
         self.slots: dict[str, Slot] = {}
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
-        self.options: Mapping[str, Any] | None = None  # of every transaction of this unit
-        self.committed: bool = False  # something of this unit can no longer be rolled back
-        self._ahead: dict[str, Slot] | None = None
-        self._opening: dict[str, asyncio.Task[Slot]] | None = None
-        self._producers: set[asyncio.Task[Any] | None] | None = None  # tasks that make the body beside the request's own
-        self._waiting: dict[str, list[Callback]] | None = None
-        # In tests (P12)
-        self.joinable: bool = False  # opened by a test, for others to join
-        self.joined: bool = False
-        self.parent: Container | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None  # that of the test
-        self.turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
-        self.borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
     def holds(self, context_key: str) -> bool:
         """Return whether a session of this connect is open in the unit."""
@@ -96,7 +82,7 @@ class Container:
         slots = self.slots
         if self.runs_ahead is not None and self.runs_ahead():
             self._producers = {*(self._producers or ()), asyncio.current_task()}
-            if self.phase is Phase.HANDLER:
+            if self.phase is HANDLER:
                 if self._ahead is None:
                     self._ahead = {}
                 slots = self._ahead
@@ -110,7 +96,7 @@ class Container:
 
     def check_open(self, connect: DBConnect[Any] | None) -> None:
         """Raise if the unit has ended (P10)."""
-        if self.phase is Phase.CLOSED:
+        if self.phase is CLOSED:
             raise _outlived(connect)
 
     def put(self, connect: DBConnect[Any], session: AsyncSession, *, host: str | None = None) -> Slot:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import _commit, _context
 from ._callbacks import Callback
-from ._container import Container, Phase
+from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
 from ._policy import DEFAULT_POLICY, Policy
 from ._settle import hold, logger, settle
 from ._slot import Slot
@@ -30,20 +30,18 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
-    __slots__ = ("_broken", "_cleaning", "_commits", "_ending", "_on_commit", "_token")
-
-    phase: Phase
+    phase: Phase = HANDLER
     slots: dict[str, Slot]
-    parent: Container | None
+    parent: Container | None = None
+    _token: Token[Any] | None = None
+    _commits: bool = True  # the decision about the head holds for the body
+    _ending: bool = False  # the final commit of the body has begun
+    _broken: BaseException | None = None
+    _on_commit: list[Callback] | None = None
+    _cleaning: "asyncio.Task[None] | None" = None
 
     def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         super().__init__(policy, label)
-        self._commits = True
-        self._broken: BaseException | None = None
-        self._ending = False  # the final commit of the body has begun
-        self._on_commit: list[Callback] | None = None
-        self._cleaning: asyncio.Task[None] | None = None
-        self._token: Token[Any] | None = None
 
     @classmethod
     def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
@@ -67,13 +65,13 @@ class Unit(Container):
         Only the first decision counts. If the commit fails its error is raised, everything is rolled back, and the unit is
         ready for the answer of an error handler, whose own head decides again.
         """
-        if self.phase is not Phase.HANDLER:
+        if self.phase is not HANDLER:
             return
         commits = self.policy.commits(status)
         if self.slots or self._on_commit or self._opening or self._waiting or self.borrowed:
             await self._decide(commits, keep=commits)
         self._commits = commits
-        self.phase = Phase.STREAM
+        self.phase = STREAM
         if self._ahead:
             self._merge_ahead()
 
@@ -85,7 +83,7 @@ class Unit(Container):
         """
         if self._broken is not None:
             raise self._broken  # whoever swallowed it the first time must not complete the response
-        if self.phase is not Phase.STREAM:
+        if self.phase is not STREAM:
             return
         if self.slots or self._on_commit or self._opening or self.borrowed:
             self._ending = True
@@ -95,7 +93,7 @@ class Unit(Container):
                 await self._decide(self._commits)
             except asyncio.CancelledError:
                 self._broken = ContextSqlaError("the request was cancelled before its body was complete")
-                self.phase = Phase.BACKGROUND
+                self.phase = BACKGROUND
                 await self._end_slots()
                 raise
             except BaseException as exc:
@@ -103,16 +101,16 @@ class Unit(Container):
                 raise
             await self._end_slots()
         self._waiting = None
-        self.phase = Phase.BACKGROUND
+        self.phase = BACKGROUND
 
     def disconnected(self) -> None:
         """Note that the client left: a body that was not finished is rolled back (P5).
 
         Before the head it means nothing, the handler may run to its end and commit; after the last byte it is no failure.
         """
-        if self.phase is not Phase.STREAM or self._ending:
+        if self.phase is not STREAM or self._ending:
             return
-        self.phase = Phase.BACKGROUND
+        self.phase = BACKGROUND
         self._on_commit = self._waiting = None
         if self.slots:
             doomed = list(self.slots.values())
@@ -128,13 +126,13 @@ class Unit(Container):
         Raises:
             Exception: that of a commit of background work, unless `exc` was given.
         """
-        if self.phase is Phase.CLOSED:
+        if self.phase is CLOSED:
             return
         if exc is not None:
             _commit.explain(exc)
         try:
             if self._has_work():
-                await self._close(self.phase is Phase.BACKGROUND and exc is None, exc)
+                await self._close(self.phase is BACKGROUND and exc is None, exc)
         finally:
             self._leave()
 
@@ -204,7 +202,7 @@ class Unit(Container):
 
     def _join(self) -> None:
         test = _context.test_unit()
-        if test.phase is Phase.CLOSED:
+        if test.phase is CLOSED:
             return
         if test.loop is not asyncio.get_running_loop():
             raise ForeignLoopError(
@@ -213,7 +211,7 @@ class Unit(Container):
             )
         here = _context.current.get()
         self.joined = True
-        self.parent = here if here is not None and here.phase is not Phase.CLOSED and (here.joined or here.joinable) else test
+        self.parent = here if here is not None and here.phase is not CLOSED and (here.joined or here.joinable) else test
 
     # Ending
 
@@ -256,7 +254,7 @@ class Unit(Container):
                 await self._decide(True)
         except BaseException as failed:
             error = failed
-        self.phase = Phase.CLOSED
+        self.phase = CLOSED
         _commit.refuse(self._own())
         try:
             await settle(lambda: self._clean_up(exc or error), again=True)
@@ -283,7 +281,7 @@ class Unit(Container):
             await asyncio.wait((self._cleaning,))
 
     def _leave(self) -> None:
-        self.phase = Phase.CLOSED
+        self.phase = CLOSED
         self._broken = None
         token, self._token = self._token, None
         if token is not None:
