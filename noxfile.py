@@ -30,6 +30,9 @@ ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, whi
 
 each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[name]) for name in FRAMEWORKS])
 
+# Where certificates are checked by the system's own store, uv shall do so too, as pip does.
+os.environ.setdefault("UV_SYSTEM_CERTS", "true")
+
 # pyenv's shims answer only for the version that is switched on: look at the versions themselves, after everything else.
 _pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, sorted(_pyenv.glob("versions/3.1[1-4].*/bin")))])
