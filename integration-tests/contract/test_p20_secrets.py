@@ -108,7 +108,7 @@ async def _error_of(work):
 
 
 def test_ear_hears_the_secret(ear, caplog):
-    """The listener of this file notices a secret in a message, its arguments, a traceback or a note: what it misses P20 would miss (P20)."""
+    """The listener of this file notices a secret in a message, its arguments, a traceback or a note (P20)."""
     exc = ValueError("x")
     exc.add_note(quote(SECRET))
     ear.hear(exc)
