@@ -4,6 +4,7 @@
 sessions of one framework. Each session has its own environment, with the versions of `uv.lock` where uv is installed beside nox.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -34,8 +35,9 @@ each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[na
 os.environ.setdefault("UV_SYSTEM_CERTS", "true")
 
 # pyenv's shims answer only for the version that is switched on: look at the versions themselves, after everything else.
-_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, sorted(_pyenv.glob("versions/3.1[1-4].*/bin")))])
+with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or somebody else's
+    _pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, sorted(_pyenv.glob("versions/3.1[1-4].*/bin")))])
 
 
 @nox.session(python=False)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 
+import context_sqla
 import pytest
 import sqlalchemy
 from context_sqla import (
@@ -16,8 +17,9 @@ from context_sqla import (
     new_non_ctx_session,
     run_in_new_ctx,
 )
-from sqlalchemy import make_url, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
 from support.databases import no_tasks_left
 
 POSTGRES = "postgresql+asyncpg://app:secret@db1:5433/shop"
@@ -646,3 +648,26 @@ async def test_close_outside_every_loop_is_no_business_of_the_connect(db):
     status, count = await asyncio.to_thread(lambda: (db.pool_status(), db.abort_host("elsewhere")))
 
     assert (status, count) == (PoolStatus("local", 0, 0, 0, None), 0)
+
+
+@pytest.mark.parametrize("host", [":5432", "[::1", "::1]", "db:", "db:x", "db:65536", "[]:5432"])
+def test_wrong_host_is_told_where_the_connect_is_made(host):
+    """A host without a name, or with a port that is none, is a ValueError at once, not in the first request (P19)."""
+    with pytest.raises(ValueError, match="host"):
+        DBConnect.from_url("postgresql+asyncpg://app@db1/shop", host=host)
+
+
+async def test_factories_that_return_something_else_are_named():
+    """A factory that returns no asynchronous engine or session maker is named, with what it returned (P19)."""
+    synchronous = DBConnect(lambda host: create_engine("sqlite://"), async_sessionmaker, host="db1", name="db")
+    with pytest.raises(TypeError, match="'db'.*engine_creator must return an AsyncEngine, not Engine"):
+        await synchronous.session_maker()
+    wrong = DBConnect(lambda host: create_async_engine("sqlite+aiosqlite://"), sessionmaker, host="db1", name="db")
+    with pytest.raises(TypeError, match="'db'.*session_maker_creator must return an async_sessionmaker, not sessionmaker"):
+        await wrong.session_maker()
+
+
+def test_postgres_is_told_apart_from_postgresql():
+    """The scheme that hosting companies hand out is answered with the one that SQLAlchemy knows (P19)."""
+    with pytest.raises(context_sqla.DriverError, match=r"postgresql\+asyncpg"):
+        DBConnect.from_url("postgres://app@db1/shop")

@@ -38,6 +38,7 @@ from context_sqla import (
     rollback_db_session,
     run_in_new_ctx,
 )
+from context_sqla.adapters import check_connects
 from context_sqla.errors import _outcome_of
 from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
 from sqlalchemy import text
@@ -483,3 +484,38 @@ async def test_error_of_a_call_names_who_had_committed(db, other):
             group.create_task(run_in_new_ctx(work))
 
     assert committed_connects(caught.value) == ("db",)
+
+
+async def test_unit_in_another_loop_is_refused(db):
+    """A thread that inherits the unit and runs a loop of its own is told so, before two threads use one connection (P15, P19)."""
+
+    async def elsewhere():
+        await db_session(db)
+
+    async with db_context():
+        await db_session(db)
+        with pytest.raises(ForeignLoopError, match=r"'db'.*another event loop.*db_context"):
+            await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
+        with pytest.raises(ForeignLoopError, match="another event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(commit_db_session(db)))
+        await asyncio.to_thread(lambda: asyncio.run(run_in_new_ctx(elsewhere)))
+
+
+async def test_callback_that_is_no_function_is_refused():
+    """A coroutine in the place of a function is told at once: later its error would only be logged (P14, P19)."""
+
+    async def work():
+        """Do nothing."""
+
+    coroutine = work()
+    async with db_context():
+        with pytest.raises(TypeError, match="on_commit takes a function"):
+            on_commit(coroutine)
+    coroutine.close()
+
+
+@pytest.mark.parametrize("wrong", [[], "sqlite+aiosqlite://", object()])
+def test_setup_takes_connects(wrong):
+    """What is no connect is told where the application is set up, not at its shutdown (P19)."""
+    with pytest.raises(TypeError, match=r"takes DBConnect objects, not \w+: setup\(app, db, other\)"):
+        check_connects(wrong)

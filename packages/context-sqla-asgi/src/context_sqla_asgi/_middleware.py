@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, hidden_unit, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, check_connects, hidden_unit, retry_after_header
 from context_sqla.errors import UnavailableError
 
 from ._lifespan import run_lifespan
@@ -28,7 +28,7 @@ def setup(
         before_commit: awaited before each session's commit; refuses it by raising.
     """
     whole = ASGIHTTPDBSessionMiddleware(app, before_commit, should_commit=should_commit)
-    whole.lifespan = partial(run_lifespan, app, connects) if connects else app
+    whole.lifespan = partial(run_lifespan, app, check_connects(*connects)) if connects else app
     return whole
 
 

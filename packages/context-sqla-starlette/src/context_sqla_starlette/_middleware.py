@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Policy, Unit, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, Policy, Unit, check_connects, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire, closing, request_label
 from starlette.applications import Starlette
@@ -217,8 +217,8 @@ def install(
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
     if app in _ready:
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
+    app.router.lifespan_context = _closing_after(app.router.lifespan_context, check_connects(*connects))
     _ready.add(app)
-    app.router.lifespan_context = _closing_after(app.router.lifespan_context, connects)
     build = app.build_middleware_stack
 
     def build_middleware_stack() -> ASGIApp:

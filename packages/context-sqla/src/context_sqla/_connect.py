@@ -171,6 +171,9 @@ class DBConnect(Generic[S]):
         """
         parsed = _drivers.parse(url)
         own = _host_of(parsed)
+        if host is not None:
+            _check_host(host)
+            _with_host(parsed, host)  # a wrong one is told here, and not by the first request
         settings = dict(session_options or {})
         settings.setdefault("expire_on_commit", False)
         settings.setdefault("class_", session_class)
@@ -196,7 +199,7 @@ class DBConnect(Generic[S]):
         Raises:
             ValueError: the session maker is not bound to an `AsyncEngine`.
         """
-        engine = maker.kw.get("bind")
+        engine = getattr(maker, "kw", {}).get("bind")
         if not isinstance(engine, AsyncEngine):
             raise ValueError("from_sessionmaker needs an async_sessionmaker that is bound to an AsyncEngine")
         options.setdefault("name", _name_of(engine.url))
@@ -383,7 +386,12 @@ class DBConnect(Generic[S]):
                 "with two factories, which make an engine per loop"
             )
         engine = self._engine_creator(host)
-        member = Member(host, engine, self._session_maker_creator(engine), adopted=self._adopted is not None)
+        if not isinstance(engine, AsyncEngine):
+            raise TypeError(f"{self!r}: engine_creator must return an AsyncEngine, not {type(engine).__name__}")
+        maker = self._session_maker_creator(engine)
+        if not isinstance(maker, async_sessionmaker):
+            raise TypeError(f"{self!r}: session_maker_creator must return an async_sessionmaker, not {type(maker).__name__}")
+        member = Member(host, engine, maker, adopted=self._adopted is not None)
         for hook in tuple(self.engine_created):
             hook(engine, host)
         return member
@@ -440,7 +448,10 @@ def _with_host(url: URL, host: str) -> URL:
         raise ValueError("a host is 'name' or 'name:port', not a URL")  # P20: and is not repeated here
     name, separator, port = host.rpartition(":")
     if not separator or host.endswith("]") or (":" in name and not name.startswith("[")):
-        return url.set(host=host.strip("[]"))
-    if not port.isdigit():
-        raise ValueError(f"{host!r} is not 'name' or 'name:port'")
-    return url.set(host=name.strip("[]"), port=int(port))
+        name, port = host, ""
+    elif not (port.isdigit() and int(port) < 65536):
+        raise ValueError(f"{host!r} is no host: write 'name' or 'name:port'")
+    if not name.strip("[]") or name.startswith("[") is not name.endswith("]"):
+        raise ValueError(f"{host!r} is no host, it has no name: write 'name' or 'name:port'")
+    target = url.set(host=name.strip("[]"))
+    return target.set(port=int(port)) if port else target

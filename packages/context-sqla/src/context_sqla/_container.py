@@ -13,7 +13,7 @@ from ._connect import DBConnect
 from ._options import check_options
 from ._policy import Policy
 from ._slot import Slot
-from .errors import ContextClosedError, ContextSqlaError, UnsupportedOptionError
+from .errors import ContextClosedError, ContextSqlaError, ForeignLoopError, UnsupportedOptionError
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -51,7 +51,7 @@ class Container:
     joinable: bool = False  # opened by a test, for others to join
     joined: bool = False
     parent: "Container | None" = None
-    loop: asyncio.AbstractEventLoop | None = None  # that of the test
+    loop: asyncio.AbstractEventLoop | None = None
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
@@ -95,9 +95,18 @@ class Container:
         return slot
 
     def check_open(self, connect: DBConnect[Any] | None) -> None:
-        """Raise if the unit has ended (P10)."""
+        """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
         if self.phase is CLOSED:
             raise _outlived(connect)
+        running = _running_loop()
+        if self.loop is None:
+            self.loop = running
+        elif running is not None and running is not self.loop:
+            what = "" if connect is None else f"{connect!r}: "
+            raise ForeignLoopError(
+                f"{what}this unit of work and its sessions belong to another event loop (does a thread call asyncio.run?); "
+                "from a thread use anyio.from_thread.run(), or wrap the work in 'async with db_context():'"
+            )
 
     def put(self, connect: DBConnect[Any], session: AsyncSession, *, host: str | None = None) -> Slot:
         """Make a session that exists the unit's own."""
@@ -217,6 +226,13 @@ class Container:
                 self.slots[f"{key} handler"] = mine
             self.slots[key] = slot
         self._ahead = None
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None  # a thread of a synchronous handler
 
 
 def _outlived(connect: DBConnect[Any] | None) -> ContextClosedError:

@@ -30,6 +30,7 @@ _ASYNC_DRIVERS = {
     "mssql": "mssql+aioodbc",
     "mysql": "mysql+asyncmy",
     "oracle": "oracle+oracledb_async",
+    "postgres": "postgresql+asyncpg",
     "postgresql": "postgresql+asyncpg",
     "sqlite": "sqlite+aiosqlite",
 }

@@ -1,5 +1,6 @@
 """`db_session` and its family, and the life cycle by hand for those who write a middleware of their own."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import Token
@@ -31,13 +32,14 @@ async def db_session(connect: DBConnect[S]) -> S:
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
         ContextClosedError: called by a task that outlived its unit.
+        ForeignLoopError: called in another event loop than the unit's.
     """
     unit = current.get()
     if unit is None:
         raise _outside(connect)
     if unit.runs_ahead is None:
         slot = unit.slots.get(connect.context_key)
-        if slot is not None:
+        if slot is not None and unit.loop is asyncio.get_running_loop():
             session: S = slot.session
             return session
     session = await unit.session(connect)
@@ -165,7 +167,10 @@ def on_commit(callback: Callable[[], Awaitable[Any] | Any], *, connect: DBConnec
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        TypeError: the callback is no function.
     """
+    if not callable(callback):
+        raise TypeError("on_commit takes a function, not what it returns: write on_commit(lambda: send_mail(user))")
     unit = _unit(connect)
     slot = unit.slots.get(connect.context_key) if connect is not None else None
     if slot is not None:

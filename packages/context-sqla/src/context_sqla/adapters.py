@@ -40,10 +40,26 @@ __all__ = [
     "Phase",
     "Policy",
     "Unit",
+    "check_connects",
     "close_connects",
     "hidden_unit",
     "retry_after_header",
 ]
+
+
+def check_connects(*connects: DBConnect[Any]) -> tuple[DBConnect[Any], ...]:
+    """Return the connects that a `setup` was given, or say what was given instead.
+
+    Args:
+        connects: all that the application uses.
+
+    Raises:
+        TypeError: one of them is no `DBConnect`.
+    """
+    for connect in connects:
+        if not isinstance(connect, DBConnect):
+            raise TypeError(f"setup(app, *connects) takes DBConnect objects, not {type(connect).__name__}: setup(app, db, other)")
+    return connects
 
 
 async def close_connects(*connects: DBConnect[Any]) -> None:
