@@ -641,7 +641,7 @@ async def test_handler_that_alternates_under_load(serve, connect, bench, hosts, 
     db = await connect("db", handler=choose)
     service = await serve(handler)
     async with _load(service, 50) as statuses:
-        await until(lambda: len(seen) >= 400)
+        await until(lambda: len(seen) >= 400, deadline=60)
 
     assert set(statuses) == {200}
     assert seen == wanted

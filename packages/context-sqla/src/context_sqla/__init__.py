@@ -1,6 +1,6 @@
 """Async SQLAlchemy in web applications: one unit of work per request, and plain sessions wherever they are needed."""
 
-from ._connect import DBConnect, PoolStatus
+from ._connect import ConnectOptions, DBConnect, PoolStatus
 from ._policy import BeforeCommitCallback
 from ._sessions import (
     atomic_db_session,
@@ -42,6 +42,7 @@ from .errors import (
 
 __all__ = [
     "BeforeCommitCallback",
+    "ConnectOptions",
     "ContextAlreadyInitiatedError",
     "ContextClosedError",
     "ContextNotInitiatedError",

@@ -241,7 +241,7 @@ class DBConnect(Generic[S]):
         Raises:
             ValueError: there is no host.
         """
-        return cast("async_sessionmaker[S]", self.member().maker)
+        return cast("async_sessionmaker[S]", self._member().maker)
 
     async def create_session(self) -> S:
         """Ask the handler for a host and return a new session, which belongs to the caller.
@@ -250,8 +250,8 @@ class DBConnect(Generic[S]):
             ValueError: there is no host.
             UnavailableError: the handler took longer than `handler_timeout`.
         """
-        host = await self.choose_host() if self.before_create_session_handler is not None else None
-        session: S = self.member(host).maker()
+        host = await self._choose_host() if self.before_create_session_handler is not None else None
+        session: S = self._member(host).maker()
         return session
 
     async def close(self) -> None:
@@ -288,7 +288,7 @@ class DBConnect(Generic[S]):
         reached: list[Any] = []
 
         async def probe() -> None:
-            member = self.member(await self.choose_host())
+            member = self._member(await self._choose_host())
             async with member.engine.connect() as connection:
                 reached.append((await connection.get_raw_connection()).driver_connection)
                 await connection.execute(select(1))
@@ -332,9 +332,9 @@ class DBConnect(Generic[S]):
         _check_host(host)
         return self._loops.abort(host)
 
-    # Below: for the rest of the core.
+    # For the rest of the core
 
-    async def choose_host(self) -> str | None:
+    async def _choose_host(self) -> str | None:
         """Ask the handler which host the next session shall have."""
         handler = self.before_create_session_handler
         if handler is None:
@@ -351,7 +351,7 @@ class DBConnect(Generic[S]):
             _check_host(host)
         return host
 
-    def member(self, host: str | None = None) -> Member:
+    def _member(self, host: str | None = None) -> Member:
         """Return the engine of a host, by default the current one, in the running loop; never awaits (P13)."""
         here = self._here()
         host = host or self.host
@@ -366,11 +366,11 @@ class DBConnect(Generic[S]):
             here.sweep_later(self)
         return member
 
-    def entered(self, slot: object) -> None:
+    def _entered(self, slot: object) -> None:
         """Let `close()` wait for this session's unit."""
         self._here().active.add(slot)
 
-    def left(self, slot: object) -> None:
+    def _left(self, slot: object) -> None:
         """Let `close()` wait for it no longer."""
         if (here := self._loops.find()) is not None:
             here.leave(slot)

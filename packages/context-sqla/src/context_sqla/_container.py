@@ -152,7 +152,7 @@ class Container:
                 slot = await self._open_joined(connect)
                 if slot is not None:
                     return slot
-            host = await connect.choose_host()
+            host = await connect._choose_host()
             self.check_open(connect)
             slot = slots[key] = self._new_slot(connect, host)
             return slot
@@ -185,7 +185,7 @@ class Container:
         return unit
 
     def _new_slot(self, connect: DBConnect[Any], host: str | None) -> Slot:
-        member = connect.member(host)
+        member = connect._member(host)
         if self.options and not self.joinable:
             session = member.maker(bind=member.engine.execution_options(**self.options))
             check_options(connect, session, self.options)
@@ -193,7 +193,7 @@ class Container:
             session = member.maker()
         slot = self._slot_for(connect, session, member.host)
         if not self.joinable:
-            connect.entered(slot)
+            connect._entered(slot)
         return slot
 
     def _slot_for(self, connect: DBConnect[Any], session: AsyncSession, host: str) -> Slot:

@@ -272,7 +272,7 @@ class Slot:
         """Take the session out of what `DBConnect.close()` waits for."""
         self.disarm()
         self._release()
-        self.connect.left(self)
+        self.connect._left(self)
         if self.place is not None:
             self.place.give_back()
 

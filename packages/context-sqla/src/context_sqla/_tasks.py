@@ -3,8 +3,8 @@
 import asyncio
 import functools
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import MethodType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -25,7 +25,7 @@ _MYSQL = frozenset({1205, 1213})  # lock wait timeout, deadlock
 _SQLITE = ("SQLITE_BUSY", "SQLITE_LOCKED")
 
 
-def db_context(*, before_commit: BeforeCommitCallback | None = None) -> AbstractAsyncContextManager[Unit]:
+def db_context(*, before_commit: BeforeCommitCallback | None = None) -> AbstractAsyncContextManager[None]:
     """Open a unit of work for a block: committed at its end, rolled back on an error (P11).
 
     For websocket messages, scripts, workers and schedulers; inside a unit it is a new one with connections of its own.
@@ -33,7 +33,7 @@ def db_context(*, before_commit: BeforeCommitCallback | None = None) -> Abstract
     Args:
         before_commit: awaited before each session's commit; refuses it by raising.
     """
-    return new_unit(Policy(before_commit=before_commit) if before_commit is not None else DEFAULT_POLICY)
+    return _block(DEFAULT_POLICY if before_commit is None else Policy(before_commit=before_commit))
 
 
 async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -132,6 +132,12 @@ class Work(Generic[P, T_co]):
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind to an instance, as a function does."""
         return self if instance is None else MethodType(self, instance)
+
+
+@asynccontextmanager
+async def _block(policy: Policy) -> AsyncIterator[None]:
+    async with new_unit(policy):
+        yield
 
 
 def _is_retryable(exc: BaseException) -> bool:

@@ -40,8 +40,8 @@ async def rollback_session(connect: DBConnect[S]) -> AsyncIterator[S]:
     Args:
         connect: the database.
     """
-    host = await connect.choose_host() if connect.before_create_session_handler is not None else None
-    member = connect.member(host)
+    host = await connect._choose_host() if connect.before_create_session_handler is not None else None
+    member = connect._member(host)
     async with member.engine.connect() as connection:
         outer = await connection.begin()
         session = _savepoint_session(member.maker, connection)
