@@ -113,6 +113,7 @@ class UnitMachine:
         self.numbers = itertools.count()
         self.unit: Unit | None = None
         self.status: int | None = None  # of the head, once it is out
+        self.left = False  # the client has left in the middle of the body
         self.broken: Exception | None = None  # the error of the body's commit
         self.callbacks: set[int] = set()  # wait for the unit
         self.must_run: set[int] = set()
@@ -306,6 +307,9 @@ class UnitMachine:
         if before is not Phase.STREAM:
             assert error is None
             assert self.unit.phase is before
+            if before is Phase.BACKGROUND and self.left:  # a body that went on without its client
+                self._given_up()
+            self.left = False
             return
         if self.broken is not None:  # a body that failed to commit stays broken: nothing is decided again
             assert error is self.broken
@@ -324,13 +328,17 @@ class UnitMachine:
 
         self.run(leave())
         if before is Phase.STREAM:
-            for side in self.all_sides():
-                side.decided(False)
-            self.callbacks = set()
+            self._given_up()
+            self.left = True
             assert self.unit.phase is Phase.BACKGROUND
-            self._forget_sessions()
         else:
             assert self.unit.phase is before
+
+    def _given_up(self):
+        for side in self.all_sides():
+            side.decided(False)
+        self.callbacks = set()
+        self._forget_sessions()
 
     def close(self, fails):
         unit, before = self.unit, self.unit.phase
@@ -344,6 +352,7 @@ class UnitMachine:
         assert self.checked_out() == 0
         self._refused(unit)
         self._forget_sessions()
+        self.left = False
         self.unit = None
 
     def _refused(self, unit: Unit) -> None:

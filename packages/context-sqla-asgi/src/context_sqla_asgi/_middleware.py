@@ -92,7 +92,8 @@ class ASGIHTTPDBSessionMiddleware:
             error = None
         finally:
             scope.pop(SCOPE_KEY, None)  # or each request is a cycle: scope, wire, unit, label, scope
-            await unit.close(error)
+            error, closing = None, unit.close(error)  # and each failed one: error, traceback, this frame, error
+            await closing
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         with nullcontext() if scope["type"] == "http" else hidden_unit():

@@ -35,12 +35,14 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
         return
     for slot in slots:
         slot.seal()
+    committing = [slot for slot in working if not (keep and slot.kept)]
+    done: list[Slot] = []
     try:
-        committing = [slot for slot in working if not (keep and slot.kept)]
         await _prepare(working, committing)
         if committing:
-            await settle(lambda: _commit_all(committing))
+            await settle(lambda: _commit_all(committing, done))
     except BaseException as exc:
+        _tell_completion(exc, committing, done)
         await roll_back(working, exc)
         raise
     finally:
@@ -75,14 +77,7 @@ def refuse(slots: Sequence[Slot]) -> None:
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
-        if not await slot.idle(slot.patience):
-            if slot.place is not None:
-                raise SessionBusyError(f"{slot.connect!r}: a unit inside this one still has the connection; {REAL_COMMITS}")
-            await settle(lambda slot=slot: slot.abandon("a statement was still running at its commit"))  # type: ignore[misc]
-            raise SessionBusyError(
-                f"{slot.connect!r}: a statement was still running {slot.connect.cleanup_timeout:g} s after its unit wanted to "
-                "commit; await every task that uses the session, or give it 'async with db_context():' or run_in_new_ctx()"
-            )
+        await _free(slot)
     for slot in slots:
         await slot.flush()
     for slot in committing:
@@ -93,16 +88,29 @@ async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
         await slot.check()
 
 
-async def _commit_all(slots: Sequence[Slot]) -> None:
+async def _free(slot: Slot) -> None:
+    """Wait until nobody uses the session, or give its connection up (P7a)."""
+    if await slot.idle(slot.patience):
+        return
+    if slot.place is not None:
+        raise SessionBusyError(f"{slot.connect!r}: a unit inside this one still has the connection; {REAL_COMMITS}")
+    await settle(lambda: slot.abandon("a statement was still running at its commit"))
+    raise SessionBusyError(
+        f"{slot.connect!r}: a statement was still running {slot.connect.cleanup_timeout:g} s after its unit wanted to "
+        "commit; await every task that uses the session, or give it 'async with db_context():' or run_in_new_ctx()"
+    )
+
+
+async def _commit_all(slots: Sequence[Slot], done: list[Slot]) -> None:
     two_phase = [slot for slot in slots if slot.sync.twophase]
     for slot in slots:
         slot.seal()
         slot.deferring = True
-    done: list[Slot] = []
     try:
         for slot in two_phase:
             await _prepare_two_phase(slot)
         for slot in (slot for slot in slots if slot not in two_phase):
+            await _free(slot)  # a child may have begun a commit by hand meanwhile
             await slot.commit()
             done.append(slot)
         await _commit_prepared(two_phase, done)
@@ -114,6 +122,13 @@ async def _commit_all(slots: Sequence[Slot]) -> None:
             slot.deferring = False
         for slot in done:
             await slot.run_due()
+
+
+def _tell_completion(exc: BaseException, committing: Sequence[Slot], done: Sequence[Slot]) -> None:
+    """Say on a cancellation that it came too late: everything is committed (P7)."""
+    if committing and len(done) == len(committing):
+        _outcome_of(exc).complete = True
+        _outcome_of(exc).committed.extend(slot.connect.name for slot in done)
 
 
 def _tell(exc: BaseException, slots: Sequence[Slot], done: Sequence[Slot]) -> None:

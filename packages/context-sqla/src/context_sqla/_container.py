@@ -47,6 +47,8 @@ class Container:
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
     _producers: set["asyncio.Task[Any] | None"] | None = None  # tasks that make the body beside the request's own
     _waiting: dict[str, list[Callback]] | None = None
+    _patience: float = 0.0  # how long a session that is being opened is waited for
+    _last_task: "asyncio.Task[Any] | None" = None  # makes the last commit of this phase: others come too late
     # In tests (P12)
     joinable: bool = False  # opened by a test, for others to join
     joined: bool = False
@@ -79,20 +81,26 @@ class Container:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
         key = connect.context_key
         self.check_open(connect)
-        slots = self.slots
+        ahead = False
         if self.runs_ahead is not None and self.runs_ahead():
             self._producers = {*(self._producers or ()), asyncio.current_task()}
             if self.phase is HANDLER:
+                ahead = True
                 if self._ahead is None:
                     self._ahead = {}
-                slots = self._ahead
+        slots = self._slots(ahead)
         slot = slots.get(key) or (self.borrowed or {}).get(key)
         if slot is None:
+            if self._last_task is not None and self._last_task is not asyncio.current_task():
+                raise _outlived(connect)  # the last commit has begun without it
             if connect.before_create_session_handler is None and not self.joined:
                 slot = slots[key] = self._new_slot(connect, None)
             else:
-                slot = await self._open_once(connect, slots)
+                slot = await self._open_once(connect, ahead)
         return slot
+
+    def _slots(self, ahead: bool) -> dict[str, Slot]:
+        return self._ahead if ahead and self._ahead is not None else self.slots
 
     def check_open(self, connect: DBConnect[Any] | None) -> None:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
@@ -129,15 +137,16 @@ class Container:
     def _own(self) -> list[Slot]:
         return list(self.slots.values())
 
-    async def _open_once(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
+    async def _open_once(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         """Open a session in a task that all askers share: the first may be cancelled, the others still get it."""
         opening = self._opening
         if opening is None:
             opening = self._opening = {}
         key = connect.context_key
+        self._patience = max(self._patience, connect.cleanup_timeout)
         task = opening.get(key)
         if task is None:
-            task = opening[key] = hold_quietly(self._open(connect, slots))
+            task = opening[key] = hold_quietly(self._open(connect, ahead))
         elif task is asyncio.current_task():
             raise ContextSqlaError(f"{connect!r}: its before_create_session_handler asked for a session of the connect itself")
         await asyncio.wait((task,))
@@ -145,7 +154,7 @@ class Container:
             raise _outlived(connect)
         return task.result()
 
-    async def _open(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
+    async def _open(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         key = connect.context_key
         try:
             if self.joined:
@@ -154,7 +163,8 @@ class Container:
                     return slot
             host = await connect._choose_host()
             self.check_open(connect)
-            slot = slots[key] = self._new_slot(connect, host)
+            # Which sessions are whose may have changed meanwhile.
+            slot = self._slots(ahead)[key] = self._new_slot(connect, host)
             return slot
         finally:
             if self._opening is not None:
@@ -203,9 +213,14 @@ class Container:
                 slot.on_commit(callback)
         return slot
 
-    async def _opened(self) -> None:
-        while self._opening:
-            await asyncio.wait(tuple(self._opening.values()))
+    async def _opened(self, timeout: float) -> None:
+        """Wait for sessions that are being opened; those that take longer are given up (P7a)."""
+        if self._opening:
+            _, late = await asyncio.wait(tuple(self._opening.values()), timeout=timeout)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=self._patience)
 
     async def _produced(self) -> None:
         """Wait for the tasks that made the body, and raise the error of one that failed: then so did the body (P5)."""

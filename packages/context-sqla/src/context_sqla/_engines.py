@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,13 +27,21 @@ class Line:
 
     def __init__(self, driver: Any) -> None:
         self.driver: Any = driver
-        self.running: set[Any] = set()
+        self.running: dict[Any, Any] = {}  # statements, and what executes them
         self.failure: str | None = None  # a statement failed in this transaction, and how
         self.cancelled: bool = False  # ... because it was cancelled
         self.committing: bool = False  # a COMMIT was sent
         self.cursor: bool = False  # a server-side cursor was opened
         self.expired: str | None = None  # it was cut at a limit in time
         self.ended: str | None = None  # the unit cut this connection, and why
+
+    def is_running(self) -> bool:
+        """Return whether a statement is running; one whose end was kept from us by another listener's error has failed."""
+        for context, executing in list(self.running.items()):
+            if executing.dead:
+                del self.running[context]
+                self.failure = self.failure or "an error that an event listener replaced"
+        return bool(self.running)
 
     def restart(self) -> None:
         """Forget what happened in the transaction that ended."""
@@ -209,7 +218,7 @@ def _listen_to_connections(engine: Engine) -> None:
 def _before(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
     line = conn.info.get(KEY)
     if line is not None:
-        line.running.add(context)
+        line.running[context] = getcurrent()
         if context is not None and context.execution_options.get("stream_results"):
             line.cursor = True
 
@@ -217,7 +226,7 @@ def _before(conn: Connection, cursor: Any, statement: str, parameters: Any, cont
 def _after(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
     line = conn.info.get(KEY)
     if line is not None:
-        line.running.discard(context)
+        line.running.pop(context, None)
 
 
 def _begin(conn: Connection) -> None:
@@ -245,7 +254,7 @@ def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
     if line is None:
         fetching = context.statement is None and context.execution_context is not None
         return _cursor_riddle() if fetching else None
-    line.running.discard(context.execution_context)
+    line.running.pop(context.execution_context, None)
     if line.expired is not None:
         (context.sqlalchemy_exception or context.original_exception).add_note(line.expired)
         return None

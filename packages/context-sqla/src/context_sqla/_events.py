@@ -8,6 +8,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._engines import KEY
+from ._lines import Lines
 from ._refusal import Refusal
 from ._slot import Slot
 from .errors import ContextClosedError
@@ -24,6 +25,8 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     if isinstance(slot, Slot):
         if not transaction.nested:
             slot.began(connection)
+    elif isinstance(slot, Lines):
+        slot.add(connection)
     elif isinstance(slot, Refusal):
         slot.close_late()
         raise ContextClosedError(slot.message)
@@ -60,5 +63,10 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    if (slot := _slot_of(session)) is not None and transaction.parent is None:
+    if transaction.parent is not None:
+        return
+    slot = session.info.get(KEY)
+    if isinstance(slot, Slot):
         slot.over()
+    elif isinstance(slot, Lines):
+        slot.clear()

@@ -44,7 +44,7 @@ class Lines:
 
     def are_running(self) -> bool:
         """Return whether a statement is running on one of them."""
-        return any(line.running or _drivers.is_locked(line.driver) for _, line in self._all)
+        return any(line.is_running() or _drivers.is_locked(line.driver) for _, line in self._all)
 
     async def are_fetching(self, timeout: float) -> bool:
         """Return whether rows of a server-side cursor are on their way; one that does not answer in time is cut."""
@@ -68,6 +68,7 @@ class Lines:
 
     def failed(self, *, cancelled_only: bool) -> list[tuple[Connection, Line]]:
         """Return those on which a statement of this transaction has failed (P4a)."""
+        self.are_running()
         return [(each, line) for each, line in self if line.failure and (line.cancelled or not cancelled_only)]
 
     def cut(self, reason: str) -> bool:

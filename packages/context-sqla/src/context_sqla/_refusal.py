@@ -15,6 +15,8 @@ REAL_COMMITS = (
     "real commits"
 )
 
+_LATE = 5.0
+
 
 class Refusal:
     """What a session carries whose unit has ended (P10)."""
@@ -34,4 +36,5 @@ class Refusal:
 
     async def _close(self, session: AsyncSession) -> None:
         await asyncio.sleep(0)  # the error of the statement is on its way out of the session
-        await session.close()
+        async with asyncio.timeout(_LATE):
+            await session.close()

@@ -1,7 +1,7 @@
 """`db_session` and its family, and the life cycle by hand for those who write a middleware of their own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import Any, Literal, TypeVar
@@ -12,6 +12,8 @@ from . import _commit
 from ._connect import DBConnect
 from ._container import Phase
 from ._context import current
+from ._engines import KEY
+from ._lines import Lines
 from ._options import check_options, transaction_options
 from ._policy import BeforeCommitCallback, Policy
 from ._settle import settle
@@ -117,7 +119,7 @@ async def atomic_db_session(
         await end(slot)
     elif slot.open and current_transaction == "rollback":
         await settle(slot.rollback, again=True)
-    if options and (slot.open or slot.shared):
+    if options and (slot.open or slot.place is not None):
         raise UnsupportedOptionError(f"{connect!r}: {', '.join(options)} cannot be set in a transaction that is open already")
     if not slot.open or current_transaction == "raise":
         await session.begin()  # SQLAlchemy's own error if one is open
@@ -136,10 +138,11 @@ async def atomic_db_session(
 async def new_non_ctx_session(connect: DBConnect[S]) -> AsyncIterator[S]:
     """Give a session of its own, outside every unit: closed at the end, not committed."""
     session = await connect.create_session()
+    session.sync_session.info[KEY] = Lines()
     try:
         yield session
     finally:
-        await settle(session.close, again=True)
+        await _settle_within(connect.cleanup_timeout, session, session.close, again=True)
 
 
 @asynccontextmanager
@@ -150,9 +153,9 @@ async def new_non_ctx_atomic_session(connect: DBConnect[S]) -> AsyncIterator[S]:
             await session.begin()
             yield session
         except BaseException:
-            await settle(session.rollback, again=True)
+            await _settle_within(connect.cleanup_timeout, session, session.rollback, again=True)
             raise
-        await settle(session.commit)
+        await _settle_within(connect.commit_timeout, session, session.commit)
 
 
 def on_commit(callback: Callable[[], Awaitable[Any] | Any], *, connect: DBConnect[Any] | None = None) -> None:
@@ -324,6 +327,20 @@ async def auto_commit_by_status_code(status_code: int, before_commit: BeforeComm
         await commit_all_sessions(before_commit)
     else:
         await rollback_all_sessions()
+
+
+async def _settle_within(
+    seconds: float, session: AsyncSession, end: Callable[[], Coroutine[Any, Any, None]], *, again: bool = False
+) -> None:
+    """End a transaction outside of units; past the limit its connections are cut (P7)."""
+    lines: Lines = session.sync_session.info[KEY]
+    limit = asyncio.get_running_loop().call_later(
+        seconds, lines.expire, f"no answer within {seconds:g} s: the connection was cut"
+    )
+    try:
+        await settle(end, again=again)
+    finally:
+        limit.cancel()
 
 
 async def _commit_one(slot: Slot) -> None:

@@ -107,14 +107,9 @@ class Slot:
         return getattr(transaction, "_current_fn", None) is not None
 
     @property
-    def shared(self) -> bool:
-        """Whether the session works on a connection that is not its own to cut."""
-        return self.place is not None
-
-    @property
     def patience(self) -> float:
         """How long the unit's end waits for what is still going on."""
-        return self.connect.drain_timeout if self.shared else self.connect.cleanup_timeout
+        return self.connect.drain_timeout if self.place else self.connect.cleanup_timeout
 
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
@@ -173,6 +168,7 @@ class Slot:
     async def check(self) -> None:
         """Raise if a statement whose error was swallowed has aborted the transaction (P4a)."""
         for connection, line in self.lines.failed(cancelled_only=not self.connect.check_failed_transaction):
+            self.arm(self.connect.cleanup_timeout)
             try:
                 await self.session.run_sync(lambda _, connection=connection: connection.execute(select(1)))  # type: ignore[misc]
             except Exception as exc:
@@ -181,7 +177,8 @@ class Slot:
                     "COMMIT would have been a silent ROLLBACK; put it into 'async with session.begin_nested():' (P4a)"
                 )
                 raise
-            line.failure = None
+            finally:
+                self.disarm()
 
     async def commit(self) -> None:
         """Commit; at `commit_timeout` the connection is cut and the outcome is in doubt (P7)."""
@@ -205,7 +202,7 @@ class Slot:
         if not self.open:
             return
         if self.place is not None:
-            await self._clear_place()
+            await self._clear_place(self.place)
         elif self.busy or self.lines.are_dead() or await self.lines.are_fetching(self.connect.cleanup_timeout):
             await self.abandon("it was rolled back while this statement was running")
             return
@@ -218,9 +215,9 @@ class Slot:
         finally:
             self.disarm()
 
-    async def _clear_place(self) -> None:
-        if self.place is not None and not await self.idle(self.patience):
-            await self.place.clear()
+    async def _clear_place(self, place: Place) -> None:
+        if not await self.idle(self.patience):
+            await place.clear()
 
     async def abandon(self, reason: str) -> None:
         """Give the connection up: cut it, let the statement that runs on it fail, and forget it."""
@@ -243,7 +240,7 @@ class Slot:
 
     def cut(self, reason: str) -> bool:
         """End the connections of the open transaction now, and return whether they are dead; a shared one is the test's."""
-        return self.shared or self.lines.cut(reason)
+        return self.place is not None or self.lines.cut(reason)
 
     async def end(self) -> None:
         """Close the session; it is refused already."""
@@ -251,7 +248,7 @@ class Slot:
             if self.open:
                 await self._close()
             else:
-                self.sync.close()
+                self.sync.close()  # no input or output
         finally:
             self.forget()
 
@@ -278,7 +275,7 @@ class Slot:
 
     async def _close(self) -> None:
         if self.place is not None:
-            await self._clear_place()
+            await self._clear_place(self.place)
         elif self.busy:
             await self.abandon("it was closed while this statement was running")
             if self.busy:  # a connection is still being opened: `_after_begin` refuses it when it is there
@@ -315,7 +312,7 @@ class Slot:
         self._limit = asyncio.get_running_loop().call_later(seconds, self._expired, seconds)
 
     def _expired(self, seconds: float) -> None:
-        if not self.shared:
+        if self.place is None:
             self.lines.expire(f"{self.connect!r}: no answer within {seconds:g} s, so the connection was cut")
 
     def disarm(self) -> None:
@@ -325,8 +322,8 @@ class Slot:
             self._limit = None
 
     def _warn(self, seconds: float) -> None:
-        where = self.owner.label() if self.owner.label is not None else "a unit of work"
-        logger.warning("%r: %s holds a connection for more than %g s", self.connect, where, seconds)
+        where = self.owner.label or (lambda: "a unit of work")
+        logger.warning("%r: %s holds a connection for more than %g s", self.connect, where(), seconds)
 
     def _release(self) -> None:
         self.lines.clear()
@@ -351,6 +348,7 @@ class Slot:
                 except Exception:
                     logger.exception("%r: an error in a 'committed' hook", self.connect)
             if self.connect.committed and self.open:
+                self.arm(self.connect.cleanup_timeout)
                 await self.session.rollback()
         for callback in due:
             await self.owner.run_callback(callback)

@@ -17,7 +17,7 @@ from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
 from ._policy import DEFAULT_POLICY, Policy
 from ._settle import hold, logger, settle
 from ._slot import Slot
-from .errors import ContextSqlaError, ForeignLoopError
+from .errors import ContextSqlaError, ForeignLoopError, _outcome_of
 
 
 class Unit(Container):
@@ -36,6 +36,7 @@ class Unit(Container):
     _token: Token[Any] | None = None
     _commits: bool = True  # the decision about the head holds for the body
     _ending: bool = False  # the final commit of the body has begun
+    _left: bool = False  # the client has left, the body may still go on
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
     _cleaning: "asyncio.Task[None] | None" = None
@@ -83,23 +84,14 @@ class Unit(Container):
         """
         if self._broken is not None:
             raise self._broken  # whoever swallowed it the first time must not complete the response
+        if self._left:
+            self._left = False
+            await self._decide(False)  # the body went on after its client had left
+            await self._end_slots()
         if self.phase is not STREAM:
             return
         if self.slots or self._on_commit or self._opening or self.borrowed:
-            self._ending = True
-            try:
-                if self._producers:
-                    await self._produced()
-                await self._decide(self._commits)
-            except asyncio.CancelledError:
-                self._broken = ContextSqlaError("the request was cancelled before its body was complete")
-                self.phase = BACKGROUND
-                await self._end_slots()
-                raise
-            except BaseException as exc:
-                self._broken = exc
-                raise
-            await self._end_slots()
+            await self._finish_body()
         self._waiting = None
         self.phase = BACKGROUND
 
@@ -111,6 +103,7 @@ class Unit(Container):
         if self.phase is not STREAM or self._ending:
             return
         self.phase = BACKGROUND
+        self._left = True
         self._on_commit = self._waiting = None
         if self.slots:
             doomed = list(self.slots.values())
@@ -187,7 +180,10 @@ class Unit(Container):
                 result = callback()
                 if inspect.isawaitable(result):
                     await result
-        except Exception:
+        except (Exception, asyncio.CancelledError) as exc:
+            task = asyncio.current_task()
+            if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
             logger.exception("An error in an on_commit callback")
 
     async def commit(self) -> None:
@@ -215,19 +211,42 @@ class Unit(Container):
 
     # Ending
 
-    async def _decide(self, commits: bool, *, keep: bool = False) -> None:
-        await self._opened()
+    async def _finish_body(self) -> None:
+        self._ending = True
+        try:
+            if self._producers:
+                await self._produced()
+            await self._decide(self._commits, final=True)
+        except asyncio.CancelledError:
+            self._broken = ContextSqlaError("the request was cancelled before its body was complete")
+            self.phase = BACKGROUND
+            await self._end_slots()
+            raise
+        except BaseException as exc:
+            self._broken = exc
+            raise
+        await self._end_slots()
+
+    async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
+        await self._opened(self._patience)
         slots = self._own()
         callbacks, self._on_commit = self._on_commit, None
         if not commits:
             self._drop_callbacks(slots)
             await _commit.roll_back(slots)
             return
+        self._last_task = asyncio.current_task() if final else None
         try:
             await _commit.commit(slots, keep=keep)
-        except BaseException:
+        except BaseException as exc:
+            if _outcome_of(exc).complete and callbacks:  # cancelled, when all was committed
+                await settle(lambda: self._run_callbacks(callbacks))
             self._drop_callbacks(slots)
             raise
+        finally:
+            self._last_task = None
+        if final:
+            _commit.refuse(slots)  # P10: what a child task writes from here on would be lost
         for slot in (self.borrowed or {}).values():
             await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
@@ -251,7 +270,7 @@ class Unit(Container):
         error: BaseException | None = None
         try:
             if commits:
-                await self._decide(True)
+                await self._decide(True, final=True)
         except BaseException as failed:
             error = failed
         self.phase = CLOSED
@@ -262,17 +281,17 @@ class Unit(Container):
             if error is None:
                 raise
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error, exc  # or the traceback is a cycle: error, frame, error
 
     async def _clean_up(self, cause: BaseException | None) -> None:
         if self._ahead:
             for key, slot in self._ahead.items():
                 self.slots[f"{key} ahead"] = slot
             self._ahead = None
-        if self._opening:
-            for task in tuple(self._opening.values()):
-                task.cancel()
-            await asyncio.wait(tuple(self._opening.values()))
+        await self._opened(0)
         slots = self._own()
         await _commit.roll_back(slots, cause)
         self.slots = {}

@@ -96,6 +96,7 @@ def committed_connects(exc: BaseException) -> tuple[str, ...]:
 @dataclass(slots=True)
 class _Outcome:
     in_doubt: bool = False
+    complete: bool = False  # everything was committed before it was raised
     committed: list[str] = field(default_factory=list)
 
 

@@ -188,7 +188,7 @@ class Place:
 def _hand_back(unit: Unit) -> None:
     """Leave the sessions that the test had put into the unit to the test."""
     for key, slot in list(unit.slots.items()):
-        if slot.foreign and not slot.shared:
+        if slot.foreign and slot.place is None:
             del unit.slots[key]
             slot.let_go()
 

@@ -214,7 +214,7 @@ async def nothing() -> None: ...
 
 
 async def units() -> None:
-    assert_type(db_context(), AbstractAsyncContextManager[Unit, bool | None])
+    assert_type(db_context(), AbstractAsyncContextManager[None, bool | None])
     async with db_context(before_commit=refuse):
         pass
     assert_type(await run_in_new_ctx(add, 1, name="a"), str)
