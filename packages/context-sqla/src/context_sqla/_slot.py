@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from sqlalchemy import select
-from sqlalchemy.engine import Connection
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
@@ -13,6 +12,7 @@ from sqlalchemy.util import await_only
 
 from ._callbacks import Callback, Callbacks
 from ._connect import DBConnect
+from ._context import TIMERS
 from ._engines import KEY
 from ._lines import Lines, Prepared
 from ._policy import BeforeCommitCallback, Policy
@@ -309,7 +309,7 @@ class Slot:
     def arm(self, seconds: float) -> None:
         """Cut the connection if what follows takes longer than this."""
         self.disarm()
-        self._limit = asyncio.get_running_loop().call_later(seconds, self._expired, seconds)
+        self._limit = asyncio.get_running_loop().call_later(seconds, self._expired, seconds, context=TIMERS)
 
     def _expired(self, seconds: float) -> None:
         if self.place is None:
@@ -360,7 +360,7 @@ class Slot:
         self.lines.add(connection)
         seconds = self.connect.warn_held_after
         if seconds is not None and self._held is None:
-            self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds)
+            self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds, context=TIMERS)
 
     def before(self) -> None:
         """Do before a commit by hand what a unit does before its own: ask the hooks, look for a silent rollback (P4a, P14)."""
