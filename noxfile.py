@@ -47,7 +47,6 @@ def tests(session: nox.Session) -> None:
         session.notify(name)
     for python in PYTHONS:
         session.notify(f"unit-{python}")
-    session.notify("sqlalchemy-2.0")
     session.notify("examples")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
@@ -99,7 +98,7 @@ def unit(session: nox.Session) -> None:
     session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
 
 
-@nox.session(name="sqlalchemy-2.0", tags=["ci"])
+@nox.session(name="sqlalchemy-2.0", tags=["nightly"])
 def sqlalchemy_2_0(session: nox.Session) -> None:
     """Run the core's tests and one framework's contract on the lowest SQLAlchemy, which is of the series before."""
     install(session, "test", "servers", packages=FRAMEWORKS["starlette"])

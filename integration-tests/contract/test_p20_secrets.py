@@ -127,10 +127,10 @@ async def test_connect_says_no_password(secretive, ear):
     """``repr`` and ``str`` of a connect, its status, engine and session maker have no password, before and after its use (P20)."""
     db = secretive(name="db")
     ear.hear(db, db.pool_status(), db.name, db.host, db.context_key)
-    async with db_context() as unit:
+    async with db_context():
         session = await db_session(db)
         await session.execute(text("SELECT 1"))
-        ear.hear(db, db.pool_status(), db.host, unit, unit.slots, session, session.get_bind(), await db.session_maker(), vars(db))
+        ear.hear(db, db.pool_status(), db.host, session, session.get_bind(), await db.session_maker(), vars(db))
 
     assert ear.secrets == []
     assert "'db'" in ear.text
