@@ -1,0 +1,147 @@
+"""What happens at the very end of a unit: cancelled commits, children that write meanwhile, bodies whose client has left."""
+
+import asyncio
+
+import pytest
+from context_sqla import DBConnect, committed_connects, db_context, db_session, on_commit
+from context_sqla.adapters import Unit
+from context_sqla.errors import ContextClosedError
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+
+@pytest.fixture(name="db")
+async def _db(tmp_path):
+    db = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'app.db'}", name="db", cleanup_timeout=2)
+    async with db_context():
+        await (await db_session(db)).execute(text("CREATE TABLE items (name TEXT UNIQUE)"))
+    yield db
+    await db.close()
+
+
+async def insert(db, name):
+    await (await db_session(db)).execute(text("INSERT INTO items VALUES (:name)"), {"name": name})
+
+
+async def names(db):
+    async with db_context():
+        return list(await (await db_session(db)).scalars(text("SELECT name FROM items ORDER BY name")))
+
+
+async def test_cancelled_commit_that_succeeds_runs_its_callbacks(db):
+    """A COMMIT is awaited to its end although its task is cancelled, and so are the callbacks that wait for it (P7, P14)."""
+    committing = asyncio.Event()
+    go_on = asyncio.Event()
+    ran = []
+
+    async def hold(session, host):
+        committing.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    async def work():
+        async with db_context():
+            await insert(db, "a")
+            on_commit(lambda: ran.append("callback"))
+
+    db.committed.append(hold)
+    task = asyncio.create_task(work())
+    await asyncio.wait_for(committing.wait(), 10)
+    task.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    db.committed.clear()
+
+    assert ran == ["callback"]
+    assert committed_connects(caught.value) == ("db",)
+    assert await names(db) == ["a"]
+
+
+async def test_child_that_writes_during_the_callbacks_is_refused(db):
+    """What a child writes after the last commit would be lost: it is told so (P10)."""
+    errors = []
+
+    async def child():
+        try:
+            await insert(db, "late")
+        except ContextClosedError as exc:
+            errors.append(exc)
+
+    async with db_context():
+        await insert(db, "a")
+        inside = asyncio.Event()
+        late = asyncio.create_task(_after(inside, child))
+
+        async def callback():
+            inside.set()
+            await late
+
+        on_commit(callback)
+
+    assert [type(error) for error in errors] == [ContextClosedError]
+    assert await names(db) == ["a"]
+
+
+async def test_callback_that_is_cancelled_by_itself_stops_nothing(db):
+    """A callback whose own task was cancelled is an error in a callback, like any other (P14)."""
+    ran = []
+
+    async def cancelled():
+        raise asyncio.CancelledError
+
+    async with db_context():
+        await insert(db, "a")
+        on_commit(cancelled)
+        on_commit(lambda: ran.append("next"))
+
+    assert ran == ["next"]
+    assert await names(db) == ["a"]
+
+
+async def test_body_that_goes_on_after_its_client_left_is_rolled_back(db):
+    """The last message of a body whose client has left commits nothing; background work after it does (P5, P6)."""
+    unit = Unit.enter()
+    await unit.head(200)
+    await insert(db, "before")
+    unit.disconnected()
+    await insert(db, "after")
+    await unit.end_of_body()
+    await insert(db, "background")
+    await unit.close()
+
+    assert await names(db) == ["background"]
+
+
+async def test_listener_that_replaces_errors_leaves_no_statement_running(db):
+    """An application's handle_error listener that raises does not make its unit wait for a statement that has ended (P4a, P7a)."""
+
+    class Taken(Exception):
+        """The application's own error."""
+
+    def translate(context):
+        if isinstance(context.sqlalchemy_exception, IntegrityError):
+            raise Taken
+
+    url = (await db.session_maker()).kw["bind"].url
+
+    def create(host):
+        engine = create_async_engine(url)
+        event.listen(engine.sync_engine, "handle_error", translate)  # before the core's own
+        return engine
+
+    own = DBConnect(create, async_sessionmaker, "local", name="own", cleanup_timeout=2)
+    async with db_context():
+        await insert(own, "a")
+        session = await db_session(own)
+        with pytest.raises(Taken):
+            async with session.begin_nested():
+                await insert(own, "a")
+    await own.close()
+
+    assert await names(db) == ["a"]
+
+
+async def _after(event, work):
+    await asyncio.wait_for(event.wait(), 10)
+    await work()
