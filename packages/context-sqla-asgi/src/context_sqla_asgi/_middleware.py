@@ -126,7 +126,7 @@ class CommitPoint:
             return
         if self.watch is not None:
             self.watch(outer.unit, scope)
-        wire = Wire(outer.unit, scope.get("app"), receive, send)
+        wire = scope[SCOPE_KEY] = Wire(outer.unit, scope.get("app"), receive, send)
         try:
             await wire.run(self.app, scope)
         except Exception as error:
@@ -137,3 +137,5 @@ class CommitPoint:
             elif wire.head is not None:
                 outer.late = error  # P6: nor take what failed afterwards for done
             raise
+        finally:
+            scope[SCOPE_KEY] = outer
