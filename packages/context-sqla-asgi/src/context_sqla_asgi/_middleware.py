@@ -34,7 +34,6 @@ def setup(
 
 def request_label(scope: Scope) -> str:
     """Return "METHOD /path", with the names of the path's parameters where the framework has noted them in the scope."""
-    path: str = scope["path"]
     names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
     return f"{scope['method']} {'/'.join(names.get(part, part) for part in path.split('/'))}"
 
