@@ -27,8 +27,9 @@ from context_sqla import (
 from context_sqla_litestar import ContextSQLAPlugin
 from litestar import Litestar, MediaType, Request, Response, WebSocket, get, post, websocket
 from litestar.background_tasks import BackgroundTask
-from litestar.exceptions import NotFoundException, WebSocketDisconnect
-from litestar.params import FromPath, FromQuery, NamedDependency
+from litestar.di import NamedDependency
+from litestar.exceptions import HTTPException, NotFoundException, WebSocketDisconnect
+from litestar.params import FromPath, FromQuery
 from litestar.response import Stream
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
@@ -174,6 +175,10 @@ def name_is_taken(request: Request[Any, Any, Any], exc: IntegrityError) -> Respo
     return Response({"detail": "this name is taken"}, status_code=409, media_type=MediaType.JSON)
 
 
+def refuse(request: Request[Any, Any, Any], exc: HTTPException) -> Response[dict[str, str]]:
+    return Response({"detail": exc.detail}, status_code=exc.status_code, media_type=MediaType.JSON)
+
+
 async def create_tables() -> None:
     async with db_context():  # a unit of work outside a request
         connection = await (await db_session(db)).connection()
@@ -182,7 +187,7 @@ async def create_tables() -> None:
 
 app = Litestar(
     [create, list_users, export, greet, stats, score, talk, read_outbox, health],
-    exception_handlers={IntegrityError: name_is_taken},
+    exception_handlers={IntegrityError: name_is_taken, HTTPException: refuse},
     on_startup=[create_tables],
     plugins=[ContextSQLAPlugin(db, session_key="session")],  # a unit of work per request; db is closed at shutdown
 )

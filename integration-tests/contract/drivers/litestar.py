@@ -1,6 +1,7 @@
 """Litestar, with ``context_sqla_litestar``: its plugin, or ``setup`` on the application that is made."""
 
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def build(application: Application) -> Litestar:
         return config
 
     app = Litestar(
-        [_mount(route) for route in application.routes],
+        [mount(route) for route in application.routes],
         exception_handlers=handlers,
         on_startup=list(application.on_startup),
         on_shutdown=list(application.on_shutdown),
@@ -68,14 +69,16 @@ async def start(app: Litestar, server: str, options: ServerOptions) -> Running:
 _CONFIGURED = (Feature.CORS, Feature.GZIP)  # their places are Litestar's
 
 
-def _mount(one: Route | SocketRoute) -> Any:
+def mount(one: Route | SocketRoute) -> Any:
+    """Make a route handler."""
+    path = re.sub(r"{(\w+)}", r"{\1:str}", one.path)
     if isinstance(one, SocketRoute):
         socket_handler = one.handler
 
         async def talk(socket: WebSocket[Any, Any, Any]) -> None:
             await socket_handler(_Socket(socket))
 
-        return websocket(one.path)(talk)
+        return websocket(path)(talk)
 
     handler: Any = one.handler
     run: Any
@@ -97,7 +100,7 @@ def _mount(one: Route | SocketRoute) -> Any:
 
     methods: Any = list(one.methods)
     in_thread = None if inspect.iscoroutinefunction(handler) else True
-    return route(one.path, http_method=methods, status_code=200, sync_to_thread=in_thread)(run)
+    return route(path, http_method=methods, status_code=200, sync_to_thread=in_thread)(run)
 
 
 def _exchange(request: Request[Any, Any, Any]) -> Exchange:

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from context_sqla import DBConnect, db_session
-from context_sqla.adapters import AsyncSession, BeforeCommitCallback, close_connects, retry_after_header
+from context_sqla.adapters import AsyncSession, BeforeCommitCallback, close_connects, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire
 from litestar import Litestar, MediaType, Request, Response
@@ -41,9 +41,9 @@ def setup(
         _refuse_second(any(isinstance(other, ContextSQLAPlugin) for other in app.plugins))
         app.plugins.append(plugin)  # Litestar calls its `on_app_init` when those before it are done
         return
-    _refuse_second(isinstance(app, _Surrounded))
     if getattr(app.event_emitter, "_exit_stack", None) is not None:
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
+    _refuse_second(isinstance(app, _Surrounded))
     plugin.surround(app)
     for route in app.routes:
         plugin.receive_route(route)
@@ -148,14 +148,15 @@ def _unavailable(request: Request[Any, Any, Any], exc: Exception) -> Response[An
     return Response("Service Unavailable", status_code=503, headers=headers, media_type=MediaType.TEXT)
 
 
-async def _answer_nothing(error: Exception, scope: Any, wire: Wire) -> bool:
+async def _explain(error: Exception, scope: Any, wire: Wire) -> bool:
+    explain(error)  # its handlers and its log are next, and nothing is raised to the part around the application
     return False
 
 
 class _Point(CommitPoint):
     """Decide here; Litestar's own error handling, further out, has not seen the head and answers errors of the commit."""
 
-    answer: "ClassVar[Any]" = staticmethod(_answer_nothing)
+    answer: "ClassVar[Any]" = staticmethod(_explain)
 
 
 class _HTTPRoute(HTTPRoute):
