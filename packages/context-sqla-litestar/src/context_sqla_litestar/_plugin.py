@@ -13,7 +13,6 @@ from litestar.di import Provide
 from litestar.middleware import DefineMiddleware
 from litestar.plugins import ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute
-from litestar.types import Receive, Scope, Send
 
 # A handler for one of these is the application's own answer; one for every Exception is not.
 _ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
@@ -117,9 +116,11 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
     def surround(self, app: Litestar) -> None:
         """Open the units around the application, and do the rest that takes its final lists; for `setup`."""
         cls = type(app)
-        whole = self._around(partial(cls.__call__, app))
+        inner: Any = partial(cls.__call__, app)  # Litestar's types of scopes and messages are narrower than ASGI's
+        point: Any = _Point
+        whole = self._around(inner)
 
-        async def call(self: Litestar, scope: Scope, receive: Receive, send: Send) -> None:
+        async def call(self: Litestar, scope: Any, receive: Any, send: Any) -> None:
             await whole(scope, receive, send)
 
         async def close() -> None:
@@ -127,7 +128,7 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
 
         # Nothing that an application may be given stands around its answers to errors and unknown paths, but its own call.
         app.__class__ = type(cls.__name__, (_Surrounded, cls), {"__slots__": (), "__module__": cls.__module__, "__call__": call})
-        app.middleware.insert(0, DefineMiddleware(_Point))
+        app.middleware.insert(0, DefineMiddleware(point))
         app.exception_handlers.setdefault(UnavailableError, _unavailable)
         app.on_shutdown.append(close)
 
@@ -139,7 +140,7 @@ def _refuse_second(found: bool) -> None:
 
 def _unavailable(request: Request[Any, Any, Any], exc: Exception) -> Response[Any]:
     """Answer 503 with `Retry-After`, unless the application answers all errors of this library: the default handler."""
-    handler = request.scope.get("route_handler")
+    handler: Any = request.scope.get("route_handler")
     own = handler.resolve_exception_handlers() if handler is not None else request.app.exception_handlers
     for cls in _ANSWERED[1:]:
         if cls in own:
@@ -163,14 +164,16 @@ class _HTTPRoute(HTTPRoute):
     __slots__ = ()
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        await _Point(super().handle)(scope, receive, send)
+        handle: Any = super().handle
+        await _Point(handle)(scope, receive, send)
 
 
 class _ASGIRoute(ASGIRoute):
     __slots__ = ()
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        await _Point(super().handle)(scope, receive, send)
+        handle: Any = super().handle
+        await _Point(handle)(scope, receive, send)
 
 
 class _Surrounded:

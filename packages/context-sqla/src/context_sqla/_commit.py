@@ -227,8 +227,8 @@ async def _finish_once(prepared: Prepared, decision: str, timeout: float) -> boo
 
 
 _REMEDY = (
-    "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after the other, "
-    "or give each its own with 'await run_in_new_ctx(fn, ...)'"
+    "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after the "
+    "other, or give each its own with 'await run_in_new_ctx(fn, ...)'"
 )
 
 
