@@ -92,12 +92,14 @@ def _messages_of(ledger: Ledger):
 
         async def send(message):
             what = message.get("status", message.get("body", message.get("text", b"")))
-            text = what.decode() if isinstance(what, bytes) else str(what)
+            text = what.decode(errors="replace") if isinstance(what, bytes) else str(what)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 complete.set()
             log.append(f"{message['type'].split('.')[-1]} {text}{'+' if message.get('more_body') else ''} [{ledger.names()}]")
 
         scope = {"type": kind, "method": "GET", "path": path, "headers": [], "query_string": b"", "root_path": ""} | scope
+        if kind == "websocket":
+            del scope["method"]
         await app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send)
         return log
 

@@ -106,12 +106,15 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
 
     def receive_route(self, route: BaseRoute) -> None:
         """Put the part that commits around the route's handler; Litestar calls this before it builds the route's middleware."""
-        if isinstance(route, HTTPRoute | ASGIRoute):
-            handler = route.route_handlers[0] if isinstance(route, HTTPRoute) else route.route_handler
-            if not isinstance(handler.app, _Surrounded):
-                self.surround(handler.app)
-            # A route has slots, and its `handle` is what stands inside all middleware.
-            route.__class__ = _HTTPRoute if isinstance(route, HTTPRoute) else _ASGIRoute
+        owner: Any = route  # HTTP routes have several handlers, those of websockets and ASGI applications have one
+        app = (owner.route_handlers[0] if isinstance(route, HTTPRoute) else owner.route_handler).app
+        if not isinstance(app, _Surrounded):
+            self.surround(app)
+        # A route has slots, and its `handle` is what stands inside all middleware.
+        if isinstance(route, HTTPRoute):
+            route.__class__ = _HTTPRoute
+        elif isinstance(route, ASGIRoute):
+            route.__class__ = _ASGIRoute
 
     def surround(self, app: Litestar) -> None:
         """Open the units around the application, and do the rest that takes its final lists; for `setup`."""
