@@ -11,7 +11,7 @@ from litestar import Litestar, MediaType, Request, Response
 from litestar.config.app import AppConfig
 from litestar.di import Provide
 from litestar.middleware import DefineMiddleware
-from litestar.plugins import ReceiveRoutePlugin
+from litestar.plugins.base import ReceiveRoutePlugin  # Litestar 2.12 does not show it in litestar.plugins
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute
 
 # A handler for one of these is the application's own answer; one for every Exception is not.
