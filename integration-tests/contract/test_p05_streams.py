@@ -1137,6 +1137,19 @@ def _fastapi_file(db: Any, path: Path, work: Any) -> Any:
     return app
 
 
+def _litestar_file(db: Any, path: Path, work: Any) -> Any:
+    from context_sqla_litestar import ContextSQLAPlugin
+    from litestar import Litestar, get
+    from litestar.response import File
+
+    @get("/")
+    async def endpoint() -> File:
+        await work()
+        return File(path)
+
+    return Litestar([endpoint], plugins=[ContextSQLAPlugin(db)], openapi_config=None)
+
+
 class _Unfinished:
     """A response that sends a piece and returns as if it were done: an ASGI application that forgets its last message."""
 
@@ -1199,7 +1212,28 @@ def _fastapi_unfinished(db: Any, write: Any) -> Any:
     return app
 
 
-_UNFINISHED = {"asgi": _asgi_unfinished, "starlette": _starlette_unfinished, "fastapi": _fastapi_unfinished}
+def _litestar_unfinished(db: Any, write: Any) -> Any:
+    from context_sqla_litestar import ContextSQLAPlugin
+    from litestar import Litestar, Response, get
+
+    class Unfinished(Response[None]):
+        def to_asgi_response(self, *args: Any, **kwargs: Any) -> Any:
+            return _Unfinished(write)
+
+    @get("/")
+    async def endpoint() -> Response[None]:
+        await write("handler")
+        return Unfinished(None)
+
+    return Litestar([endpoint], plugins=[ContextSQLAPlugin(db)], openapi_config=None)
+
+
+_UNFINISHED = {
+    "asgi": _asgi_unfinished,
+    "starlette": _starlette_unfinished,
+    "fastapi": _fastapi_unfinished,
+    "litestar": _litestar_unfinished,
+}
 
 
 @pytest.mark.wire
@@ -1217,7 +1251,7 @@ async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, fra
     assert await ledger.names() == ["handler"]
 
 
-_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file}
+_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file, "litestar": _litestar_file}
 
 
 @pytest.mark.wire

@@ -224,6 +224,14 @@ def _own_class(framework, handler, write):
     if framework.module == "asgi":
         plain = framework.driver().build(Application([Route("/", handler)])).app
         return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(plain), write))
+    if framework.module == "litestar":  # which has no class of its own: its middleware is ASGI middleware
+        from contract.drivers.litestar import mount
+        from litestar import Litestar
+        from litestar.middleware import DefineMiddleware
+
+        between = DefineMiddleware(Between, write=write)
+        middleware = [ASGIHTTPDBSessionMiddleware, between, ASGIHTTPDBSessionMiddleware]
+        return Litestar([mount(Route("/", handler))], middleware=middleware, openapi_config=None)
     from contract.drivers.starlette import endpoint
 
     if framework.module == "starlette":
@@ -249,6 +257,16 @@ def _mounted(framework, handler, write):
     inner = Between(framework.driver().build(Application([Route("/", handler)])), write)
     if framework.module == "asgi":
         return setup_asgi(inner)
+    if framework.module == "litestar":
+        from context_sqla_litestar import ContextSQLAPlugin
+        from litestar import Litestar, asgi
+        from litestar.types import Receive, Scope, Send
+
+        @asgi("/", is_mount=True, copy_scope=True)
+        async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+            await inner(scope, receive, send)
+
+        return Litestar([mounted], plugins=[ContextSQLAPlugin()], openapi_config=None)
     if framework.module == "starlette":
         from context_sqla_starlette import setup
         from starlette.applications import Starlette

@@ -515,7 +515,10 @@ def _call_each_in_a_loop(app, framework, urls):
         return [asyncio.run(_call(app, url)) for url in urls]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for another HTTP client
-        from starlette.testclient import TestClient
+        if framework == "litestar":
+            from litestar.testing import TestClient
+        else:
+            from starlette.testclient import TestClient
 
     client = TestClient(app)  # no `with`: every call has a loop of its own
     return [client.post(url).status_code for url in urls]

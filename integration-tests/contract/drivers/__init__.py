@@ -53,4 +53,5 @@ FRAMEWORKS: Mapping[str, Framework] = {
     ),
     "starlette": Framework("starlette", ASGI_SERVERS),
     "fastapi": Framework("fastapi", ASGI_SERVERS),
+    "litestar": Framework("litestar", ASGI_SERVERS),
 }

@@ -34,9 +34,8 @@ def setup(
 
 def request_label(scope: Scope) -> str:
     """Return "METHOD /path", with the names of the path's parameters where the framework has noted them in the scope."""
-    path: str = scope["path"]
     names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
-    return f"{scope['method']} {'/'.join(names.get(part, part) for part in path.split('/'))}"
+    return f"{scope['method']} {'/'.join(names.get(part, part) for part in scope['path'].split('/'))}"
 
 
 async def _answer_unavailable(error: Exception, scope: Scope, wire: Wire) -> bool:
@@ -127,7 +126,7 @@ class CommitPoint:
             return
         if self.watch is not None:
             self.watch(outer.unit, scope)
-        wire = Wire(outer.unit, scope.get("app"), receive, send)
+        wire = scope[SCOPE_KEY] = Wire(outer.unit, scope.get("app"), receive, send)
         try:
             await wire.run(self.app, scope)
         except Exception as error:
@@ -138,3 +137,5 @@ class CommitPoint:
             elif wire.head is not None:
                 outer.late = error  # P6: nor take what failed afterwards for done
             raise
+        finally:
+            scope[SCOPE_KEY] = outer

@@ -12,7 +12,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SCOPE_KEY = "context_sqla.wire"
-"""Where a scope has the outermost `Wire` of its request, or None if it has a unit of work that no wire drives.
+"""Where a scope has the nearest `Wire` around, of those of its request, or None if it has a unit of work that no wire drives.
 
 This, and never the context variable, tells that a request has a unit already (P12).
 """

@@ -27,6 +27,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ._commit import explain
 from ._connect import DBConnect
 from ._container import Phase
 from ._context import current
@@ -42,6 +43,7 @@ __all__ = [
     "Unit",
     "check_connects",
     "close_connects",
+    "explain",
     "hidden_unit",
     "retry_after_header",
 ]
