@@ -53,4 +53,9 @@ FRAMEWORKS: Mapping[str, Framework] = {
     ),
     "starlette": Framework("starlette", ASGI_SERVERS),
     "fastapi": Framework("fastapi", ASGI_SERVERS),
+    "quart": Framework(
+        "quart",
+        ("hypercorn", "uvicorn", "granian"),
+        {Feature.GZIP: "Quart has no compression of its own"},
+    ),
 }
