@@ -1137,6 +1137,21 @@ def _fastapi_file(db: Any, path: Path, work: Any) -> Any:
     return app
 
 
+def _quart_file(db: Any, path: Path, work: Any) -> Any:
+    from context_sqla_quart import setup
+    from quart import Quart, Response, send_file
+
+    app = Quart(__name__)
+
+    @app.get("/")
+    async def view() -> Response:
+        await work()
+        return await send_file(path)
+
+    setup(app, db)
+    return app
+
+
 class _Unfinished:
     """A response that sends a piece and returns as if it were done: an ASGI application that forgets its last message."""
 
@@ -1199,7 +1214,34 @@ def _fastapi_unfinished(db: Any, write: Any) -> Any:
     return app
 
 
-_UNFINISHED = {"asgi": _asgi_unfinished, "starlette": _starlette_unfinished, "fastapi": _fastapi_unfinished}
+def _quart_unfinished(db: Any, write: Any) -> Any:
+    from context_sqla_quart import setup
+    from quart import Quart, Response
+
+    app = Quart(__name__)
+
+    async def body() -> AsyncIterator[bytes]:
+        await write("body")
+        yield b"first"
+        await asyncio.Event().wait()
+
+    @app.get("/")
+    async def view() -> Response:
+        await write("handler")
+        response = Response(body())
+        response.timeout = 0.05  # Quart ends the response then, without an error
+        return response
+
+    setup(app, db)
+    return app
+
+
+_UNFINISHED = {
+    "asgi": _asgi_unfinished,
+    "starlette": _starlette_unfinished,
+    "fastapi": _fastapi_unfinished,
+    "quart": _quart_unfinished,
+}
 
 
 @pytest.mark.wire
@@ -1217,7 +1259,7 @@ async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, fra
     assert await ledger.names() == ["handler"]
 
 
-_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file}
+_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file, "quart": _quart_file}
 
 
 @pytest.mark.wire

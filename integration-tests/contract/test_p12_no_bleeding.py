@@ -224,6 +224,10 @@ def _own_class(framework, handler, write):
     if framework.module == "asgi":
         plain = framework.driver().build(Application([Route("/", handler)])).app
         return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(plain), write))
+    if framework.module == "quart":
+        app = framework.driver().build(Application([Route("/", handler)]))  # an application has one extension
+        app.asgi_app = ASGIHTTPDBSessionMiddleware(Between(app.asgi_app, write))
+        return app
     from contract.drivers.starlette import endpoint
 
     if framework.module == "starlette":
@@ -249,6 +253,14 @@ def _mounted(framework, handler, write):
     inner = Between(framework.driver().build(Application([Route("/", handler)])), write)
     if framework.module == "asgi":
         return setup_asgi(inner)
+    if framework.module == "quart":
+        from context_sqla_quart import setup
+        from quart import Quart
+
+        app = Quart(__name__)
+        app.asgi_app = inner
+        setup(app)
+        return app
     if framework.module == "starlette":
         from context_sqla_starlette import setup
         from starlette.applications import Starlette

@@ -13,6 +13,7 @@ from support import servers
 from support.scenario import (
     Answer,
     Application,
+    BackgroundWork,
     ErrorHandler,
     Exchange,
     Fail,
@@ -34,15 +35,15 @@ def build(application: Application) -> Quart:
     for number, route in enumerate(application.routes):
         name = f"route{number}"
         if isinstance(route, Route):
-            app.add_url_rule(route.path, name, _view(route.handler), methods=list(route.methods))
+            app.add_url_rule(_rule(route.path), name, _view(route.handler), methods=list(route.methods))
         else:
-            app.add_websocket(route.path, name, _socket_view(route.handler))
+            app.add_websocket(_rule(route.path), name, _socket_view(route.handler))
     for kind, handler in application.error_handlers.items():
         app.register_error_handler(kind, _error_handler(handler))
     for hook in application.on_startup:
-        app.before_serving(hook)
+        app.before_serving(_hook(hook))
     for hook in application.on_shutdown:
-        app.after_serving(hook)
+        app.after_serving(_hook(hook))
     options = {"should_commit": application.should_commit, "before_commit": application.before_commit}
     if application.setup_first:
         setup(app, *application.connects, **options)
@@ -60,6 +61,17 @@ def build(application: Application) -> Quart:
 async def start(app: Quart, server: str, options: ServerOptions) -> Running:
     """Serve it."""
     return await servers.start(app, server, options)  # type: ignore[arg-type]
+
+
+def _rule(path: str) -> str:
+    return path.replace("{", "<").replace("}", ">")
+
+
+def _hook(work: BackgroundWork) -> Callable[[], Awaitable[None]]:
+    async def run() -> None:
+        await work()
+
+    return run
 
 
 def _view(handler: Handler) -> Callable[[], Any]:

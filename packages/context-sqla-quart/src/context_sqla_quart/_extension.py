@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from context_sqla import DBConnect, run_in_new_ctx
-from context_sqla.adapters import BeforeCommitCallback, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
@@ -93,6 +93,7 @@ class ContextSQLA:
             before_commit=self._before_commit,
         )
         app.asgi_app = _Around(app, whole)  # type: ignore[method-assign]
+        app.asgi_http_class = _whole(app.asgi_http_class)
         app.finalize_request = _deciding(app)  # type: ignore[method-assign]
         app.add_background_task = _afterwards(app)  # type: ignore[method-assign]
         app.before_request_funcs[None].insert(0, _note_names)
@@ -134,6 +135,41 @@ class _Around:
             afterwards.over.set()
 
 
+def _whole(connection_class: Any) -> Any:
+    """Return Quart's class for the connection of one request, whose tasks end with it.
+
+    Until Quart 0.23 a handler goes on alone when a server that shuts down cancels its request.
+    """
+
+    class Connection(connection_class):  # type: ignore[misc]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.tasks: set[asyncio.Task[Any]] = set()
+
+        async def __call__(self, receive: Any, send: Any) -> None:
+            try:
+                await super().__call__(receive, send)
+            except asyncio.CancelledError:
+                for task in self.tasks:
+                    task.cancel()
+                await asyncio.gather(*self.tasks, return_exceptions=True)
+                raise
+
+        async def handle_messages(self, *args: Any) -> None:
+            self._note_task()
+            await super().handle_messages(*args)
+
+        async def handle_request(self, *args: Any) -> None:
+            self._note_task()
+            await super().handle_request(*args)
+
+        def _note_task(self) -> None:
+            if (task := asyncio.current_task()) is not None:
+                self.tasks.add(task)
+
+    return Connection
+
+
 def _answer_unavailable(app: Quart) -> None:
     handlers = app.error_handler_spec[None][None]
     if not any(cls in handlers for cls in _ANSWERED):
@@ -152,8 +188,12 @@ def _deciding(app: Quart) -> Callable[..., Awaitable[Any]]:
     After every hook, for they may write and set the status; before the response is given to Quart's ASGI part, where an error
     reaches no handler. `after_request` is no place for it: Quart ignores errors there when it answers 500.
     """
-    finalize = app.finalize_request
-    first = len(signature(app.handle_user_exception).parameters) - 1  # Quart 0.23 puts the context before all else
+    finalize, handle = app.finalize_request, app.handle_user_exception
+    first = len(signature(handle).parameters) - 1  # Quart 0.23 puts the context before all else
+
+    async def handle_user_exception(*args: Any) -> Any:
+        explain(args[first])  # the unit never sees an error that is answered here
+        return await handle(*args)
 
     async def finalize_request(*args: Any, **options: Any) -> Any:
         response = await finalize(*args, **options)
@@ -172,6 +212,7 @@ def _deciding(app: Quart) -> Callable[..., Awaitable[Any]]:
             request.scope[_AFTERWARDS].over.set()  # a stream may wait for what its background work makes
         return response
 
+    app.handle_user_exception = handle_user_exception  # type: ignore[method-assign]
     return finalize_request
 
 

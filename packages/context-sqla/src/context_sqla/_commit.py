@@ -226,14 +226,17 @@ async def _finish_once(prepared: Prepared, decision: str, timeout: float) -> boo
     return True
 
 
+_SHARED = (
+    "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after "
+    "the other, or give each its own with 'await run_in_new_ctx(fn, ...)'"
+)
+
+
 def explain(exc: BaseException) -> None:
     """Add the remedy to SQLAlchemy's and asyncpg's complaints about two statements at once on one session (P2)."""
     text = str(exc)
     shared = isinstance(exc, InvalidRequestError) and (
         exc.code == "isce" or "concurrent operations" in text or "already flushing" in text
     )
-    if shared:
-        exc.add_note(
-            "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after "
-            "the other, or give each its own with 'await run_in_new_ctx(fn, ...)'"
-        )
+    if shared and _SHARED not in getattr(exc, "__notes__", ()):
+        exc.add_note(_SHARED)
