@@ -74,16 +74,16 @@ def _hook(work: BackgroundWork) -> Callable[[], Awaitable[None]]:
     return run
 
 
-def _view(handler: Handler) -> Callable[[], Any]:
+def _view(handler: Handler) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(handler):
 
-        async def run() -> ResponseTypes:
+        async def run(**names: str) -> ResponseTypes:
             with _own_exceptions():
                 return _respond(await handler(_exchange()))
 
         return run
 
-    def run_in_thread() -> ResponseTypes:
+    def run_in_thread(**names: str) -> ResponseTypes:
         with _own_exceptions():
             result = handler(_exchange())
             assert isinstance(result, Answer | Redirect)

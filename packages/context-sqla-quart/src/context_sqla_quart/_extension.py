@@ -80,10 +80,10 @@ class ContextSQLA:
         Raises:
             SetupError: the application has started, or is set up already.
         """
-        if _EXTENSION in app.extensions:
-            raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
         if hasattr(app, "shutdown_event") or getattr(app, "_got_first_request", False):
             raise SetupError("the application has started: call setup(app, ...) where the application is made")
+        if _EXTENSION in app.extensions:
+            raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
         app.extensions[_EXTENSION] = self
         whole = setup_asgi(
             app.asgi_app,
