@@ -12,6 +12,7 @@ from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
 from quart import Quart, has_request_context, request
+from quart.asgi import ASGIHTTPConnection
 from quart.wrappers.response import IterableBody
 
 _EXTENSION = "context_sqla"
@@ -85,6 +86,9 @@ class ContextSQLA:
         if _EXTENSION in app.extensions:
             raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
         app.extensions[_EXTENSION] = self
+        self._install(app, *connects)
+
+    def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
         whole = setup_asgi(
             app.asgi_app,
             *self._connects,
@@ -92,10 +96,10 @@ class ContextSQLA:
             should_commit=self._should_commit,
             before_commit=self._before_commit,
         )
-        app.asgi_app = _Around(app, whole)  # type: ignore[method-assign]
-        app.asgi_http_class = _whole(app.asgi_http_class)
-        app.finalize_request = _deciding(app)  # type: ignore[method-assign]
-        app.add_background_task = _afterwards(app)  # type: ignore[method-assign]
+        app.asgi_app = _Around(app, whole)
+        app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
+        app.finalize_request = _deciding(app)
+        app.add_background_task = _afterwards(app)
         app.before_request_funcs[None].insert(0, _note_names)
 
 
@@ -135,39 +139,31 @@ class _Around:
             afterwards.over.set()
 
 
-def _whole(connection_class: Any) -> Any:
-    """Return Quart's class for the connection of one request, whose tasks end with it.
+class _Whole(ASGIHTTPConnection):
+    """The connection of one request, whose tasks end with it.
 
     Until Quart 0.23 a handler goes on alone when a server that shuts down cancels its request.
     """
 
-    class Connection(connection_class):  # type: ignore[misc]
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.tasks: set[asyncio.Task[Any]] = set()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._tasks: set[asyncio.Task[Any] | None] = set()
 
-        async def __call__(self, receive: Any, send: Any) -> None:
-            try:
-                await super().__call__(receive, send)
-            except asyncio.CancelledError:
-                for task in self.tasks:
-                    task.cancel()
-                await asyncio.gather(*self.tasks, return_exceptions=True)
-                raise
+    async def __call__(self, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(receive, send)
+        except asyncio.CancelledError:
+            tasks = [task for task in self._tasks if task is not None and task.cancel()]
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
-        async def handle_messages(self, *args: Any) -> None:
-            self._note_task()
-            await super().handle_messages(*args)
+    async def handle_messages(self, *args: Any) -> None:
+        self._tasks.add(asyncio.current_task())
+        await super().handle_messages(*args)
 
-        async def handle_request(self, *args: Any) -> None:
-            self._note_task()
-            await super().handle_request(*args)
-
-        def _note_task(self) -> None:
-            if (task := asyncio.current_task()) is not None:
-                self.tasks.add(task)
-
-    return Connection
+    async def handle_request(self, *args: Any) -> None:
+        self._tasks.add(asyncio.current_task())
+        await super().handle_request(*args)
 
 
 def _answer_unavailable(app: Quart) -> None:
@@ -182,7 +178,11 @@ async def _unavailable(error: UnavailableError) -> tuple[str, int, dict[str, str
     return "Service Unavailable", 503, headers
 
 
-def _deciding(app: Quart) -> Callable[..., Awaitable[Any]]:
+def _scope() -> Any:
+    return request.scope
+
+
+def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
     """Return the application's `finalize_request`, which ends with the decision about the unit.
 
     After every hook, for they may write and set the status; before the response is given to Quart's ASGI part, where an error
@@ -197,32 +197,32 @@ def _deciding(app: Quart) -> Callable[..., Awaitable[Any]]:
 
     async def finalize_request(*args: Any, **options: Any) -> Any:
         response = await finalize(*args, **options)
-        wire: Wire | None = request.scope.get(SCOPE_KEY)
+        wire: Wire | None = _scope().get(SCOPE_KEY)
         if wire is None:
             return response
         try:
             await wire.unit.head(response.status_code)
         except Exception as error:  # noqa: BLE001 - P4b: answered as if the view had raised it, or raised again
-            request.scope[_AFTERWARDS].jobs.clear()
+            _scope()[_AFTERWARDS].jobs.clear()
             result = await app.handle_user_exception(*args[:first], error)
             response = await finalize(*args[:first], result, *args[first + 1 :], **options)
             await wire.unit.head(response.status_code)
         wire.decides = True
         if isinstance(response.response, IterableBody):
-            request.scope[_AFTERWARDS].over.set()  # a stream may wait for what its background work makes
+            _scope()[_AFTERWARDS].over.set()  # a stream may wait for what its background work makes
         return response
 
-    app.handle_user_exception = handle_user_exception  # type: ignore[method-assign]
+    app.handle_user_exception = handle_user_exception
     return finalize_request
 
 
-def _afterwards(app: Quart) -> Callable[..., None]:
+def _afterwards(app: Any) -> Callable[..., None]:
     """Return the application's `add_background_task`: work that is a unit of its own, after the commit (P6)."""
     add = app.add_background_task
 
     def add_background_task(func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         job = partial(app.ensure_async(func), *args, **kwargs)
-        afterwards: _Afterwards | None = request.scope.get(_AFTERWARDS) if has_request_context() else None
+        afterwards: _Afterwards | None = _scope().get(_AFTERWARDS) if has_request_context() else None
         if afterwards is None or afterwards.over.is_set():
             afterwards = _Afterwards()
             afterwards.over.set()
@@ -241,4 +241,4 @@ async def _run_all(jobs: list[Callable[[], Awaitable[Any]]]) -> None:
 async def _note_names() -> None:
     """Put the names of the path's parameters where the unit's label looks for them."""
     if request.view_args:
-        request.scope["path_params"] = request.view_args  # type: ignore[typeddict-unknown-key]
+        _scope()["path_params"] = request.view_args
