@@ -221,7 +221,8 @@ async def test_error_that_quart_answers_names_the_remedy(app, ledger, client_of)
     @app.post("/both")
     async def both():
         session = await db_session(ledger.db)
-        await asyncio.gather(*(session.execute(text("SELECT 1")) for _ in range(2)))
+        outcomes = await asyncio.gather(*(session.execute(text("SELECT 1")) for _ in range(2)), return_exceptions=True)
+        raise next(one for one in outcomes if isinstance(one, Exception))
 
     seen = []
 
