@@ -89,13 +89,8 @@ class ContextSQLA:
         self._install(app, *connects)
 
     def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
-        whole = setup_asgi(
-            app.asgi_app,
-            *self._connects,
-            *connects,
-            should_commit=self._should_commit,
-            before_commit=self._before_commit,
-        )
+        options: Any = {"should_commit": self._should_commit, "before_commit": self._before_commit}
+        whole = setup_asgi(app.asgi_app, *self._connects, *connects, **options)
         app.asgi_app = _Around(app, whole)
         app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
         app.finalize_request = _deciding(app)

@@ -226,7 +226,7 @@ async def _finish_once(prepared: Prepared, decision: str, timeout: float) -> boo
     return True
 
 
-_SHARED = (
+_ADVICE = (
     "two tasks used one session at the same moment; every coroutine of a unit shares its session: await them one after "
     "the other, or give each its own with 'await run_in_new_ctx(fn, ...)'"
 )
@@ -238,5 +238,5 @@ def explain(exc: BaseException) -> None:
     shared = isinstance(exc, InvalidRequestError) and (
         exc.code == "isce" or "concurrent operations" in text or "already flushing" in text
     )
-    if shared and _SHARED not in getattr(exc, "__notes__", ()):
-        exc.add_note(_SHARED)
+    if shared and _ADVICE not in getattr(exc, "__notes__", ()):
+        exc.add_note(_ADVICE)
