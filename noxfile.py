@@ -19,13 +19,14 @@ nox.options.sessions = ["tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi", "context-sqla-litestar"]
+PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi", "context-sqla-litestar", "context-sqla-quart"]
 # What each framework's adapter needs of this workspace; its sessions install nothing else of it.
 FRAMEWORKS = {
     "asgi": ["context-sqla", "context-sqla-asgi"],
     "starlette": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette"],
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
     "litestar": ["context-sqla", "context-sqla-asgi", "context-sqla-litestar"],
+    "quart": ["context-sqla", "context-sqla-asgi", "context-sqla-quart"],
 }
 PACKAGING = "integration-tests/packaging"
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers

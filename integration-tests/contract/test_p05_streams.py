@@ -1148,6 +1148,19 @@ def _litestar_file(db: Any, path: Path, work: Any) -> Any:
         return File(path)
 
     return Litestar([endpoint], plugins=[ContextSQLAPlugin(db)], openapi_config=None)
+def _quart_file(db: Any, path: Path, work: Any) -> Any:
+    from context_sqla_quart import setup
+    from quart import Quart, Response, send_file
+
+    app = Quart(__name__)
+
+    @app.get("/")
+    async def view() -> Response:
+        await work()
+        return await send_file(path)
+
+    setup(app, db)
+    return app
 
 
 class _Unfinished:
@@ -1226,6 +1239,26 @@ def _litestar_unfinished(db: Any, write: Any) -> Any:
         return Unfinished(None)
 
     return Litestar([endpoint], plugins=[ContextSQLAPlugin(db)], openapi_config=None)
+def _quart_unfinished(db: Any, write: Any) -> Any:
+    from context_sqla_quart import setup
+    from quart import Quart, Response
+
+    app = Quart(__name__)
+
+    async def body() -> AsyncIterator[bytes]:
+        await write("body")
+        yield b"first"
+        await asyncio.Event().wait()
+
+    @app.get("/")
+    async def view() -> Response:
+        await write("handler")
+        response = Response(body())
+        response.timeout = 0.05  # Quart ends the response then, without an error
+        return response
+
+    setup(app, db)
+    return app
 
 
 _UNFINISHED = {
@@ -1233,6 +1266,7 @@ _UNFINISHED = {
     "starlette": _starlette_unfinished,
     "fastapi": _fastapi_unfinished,
     "litestar": _litestar_unfinished,
+    "quart": _quart_unfinished,
 }
 
 
@@ -1251,7 +1285,7 @@ async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, fra
     assert await ledger.names() == ["handler"]
 
 
-_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file, "litestar": _litestar_file}
+_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file, "litestar": _litestar_file, "quart": _quart_file}
 
 
 @pytest.mark.wire

@@ -232,6 +232,10 @@ def _own_class(framework, handler, write):
         between = DefineMiddleware(Between, write=write)
         middleware = [ASGIHTTPDBSessionMiddleware, between, ASGIHTTPDBSessionMiddleware]
         return Litestar([mount(Route("/", handler))], middleware=middleware, openapi_config=None)
+    if framework.module == "quart":
+        app = framework.driver().build(Application([Route("/", handler)]))  # an application has one extension
+        app.asgi_app = ASGIHTTPDBSessionMiddleware(Between(app.asgi_app, write))
+        return app
     from contract.drivers.starlette import endpoint
 
     if framework.module == "starlette":
@@ -267,6 +271,14 @@ def _mounted(framework, handler, write):
             await inner(scope, receive, send)
 
         return Litestar([mounted], plugins=[ContextSQLAPlugin()], openapi_config=None)
+    if framework.module == "quart":
+        from context_sqla_quart import setup
+        from quart import Quart
+
+        app = Quart(__name__)
+        app.asgi_app = inner
+        setup(app)
+        return app
     if framework.module == "starlette":
         from context_sqla_starlette import setup
         from starlette.applications import Starlette

@@ -19,7 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from support.deadline import until
 from support.rows import add, insert, insert_orphan
-from support.scenario import Answer, Route
+from support.scenario import Answer, Feature, Route
 
 
 class Boom(Exception):
@@ -833,7 +833,9 @@ async def test_before_commit_of_the_body_and_of_background_work(serve, db, frame
     await (await serve(handler)).post()
     await until(lambda: len(asked) == 3)
 
-    assert asked == [["a"], ["a", "b"], ["a", "b", "c"]]
+    second = [["a", "b"], ["a", "c"]] if Feature.BACKGROUND_AFTER_STREAM in framework.lacks else [["a", "b"]]
+    assert (asked[0], asked[2]) == (["a"], ["a", "b", "c"])
+    assert asked[1] in second
 
 
 @pytest.mark.parametrize("kind", ["block", "call"])

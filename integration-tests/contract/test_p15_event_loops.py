@@ -513,6 +513,8 @@ async def test_client_with_a_loop_per_call(serve, db, ledger, stack):
 def _call_each_in_a_loop(app, framework, urls):
     if framework == "asgi":
         return [asyncio.run(_call(app, url)) for url in urls]
+    if framework == "quart":
+        return [asyncio.run(_call_quart(app, url)) for url in urls]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for another HTTP client
         if framework == "litestar":
@@ -522,6 +524,10 @@ def _call_each_in_a_loop(app, framework, urls):
 
     client = TestClient(app)  # no `with`: every call has a loop of its own
     return [client.post(url).status_code for url in urls]
+
+
+async def _call_quart(app, url):
+    return (await app.test_client().post(url)).status_code
 
 
 async def _call(app, url):

@@ -14,6 +14,7 @@ class Feature(Enum):
 
     BACKGROUND = "work that the framework runs after the response"
     BACKGROUND_UNIT = "background work is a unit of its own (P6)"
+    BACKGROUND_AFTER_STREAM = "background work of a stream waits for the stream's end"
     COMMIT_ERROR_HANDLERS = "a commit error reaches the application's own error handlers (P4b)"
     REDIRECT_RAISED = "a redirect that is raised as an exception"
     SYNC_HANDLERS = "plain functions as handlers, in a thread"
@@ -24,6 +25,7 @@ class Feature(Enum):
     GZIP = "the framework's own compression middleware"
     CORS = "the framework's own CORS middleware"
     BASE_HTTP = "function middleware around the response, as Starlette's BaseHTTPMiddleware"
+    LEFT_BEHIND = "a handler whose client has left runs to its end"
     LIFESPAN = "hooks at startup and shutdown"
     UNAVAILABLE_ANSWER = "a default 503 for UnavailableError"
 

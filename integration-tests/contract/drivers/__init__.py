@@ -54,4 +54,13 @@ FRAMEWORKS: Mapping[str, Framework] = {
     "starlette": Framework("starlette", ASGI_SERVERS),
     "fastapi": Framework("fastapi", ASGI_SERVERS),
     "litestar": Framework("litestar", ASGI_SERVERS),
+    "quart": Framework(
+        "quart",
+        ("hypercorn", "uvicorn", "granian"),
+        {
+            Feature.BACKGROUND_AFTER_STREAM: "a stream may wait for what its background work makes: both begin after the commit",
+            Feature.GZIP: "Quart has no compression of its own",
+            Feature.LEFT_BEHIND: "Quart cancels the handler of a client that has left, under every server: it is rolled back",
+        },
+    ),
 }

@@ -17,7 +17,8 @@ response:
         await unit.close(error)
 
 Where the framework's end of a request is synchronous, `unit.close_with(task)` once after `enter` takes the place of `close`.
-What commits, what rolls back and how it is cleaned up is the unit's affair.
+What commits, what rolls back and how it is cleaned up is the unit's affair. Where the framework answers errors inside, so that
+`close` never sees them, `explain(error)` adds what the unit would have noted on them.
 """
 
 import math

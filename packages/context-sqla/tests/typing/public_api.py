@@ -36,7 +36,7 @@ from context_sqla import (
     run_in_new_ctx,
     unit_of_work,
 )
-from context_sqla.adapters import Phase, Policy, Unit, close_connects, hidden_unit, retry_after_header
+from context_sqla.adapters import Phase, Policy, Unit, close_connects, explain, hidden_unit, retry_after_header
 from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
@@ -263,6 +263,7 @@ def questions(exc: BaseException) -> None:
     assert isinstance(error, UnavailableError)
     assert_type(error.retry_after, float | None)
     assert_type(retry_after_header(error), str)
+    assert_type(explain(error), None)
 
 
 # Tests of an application

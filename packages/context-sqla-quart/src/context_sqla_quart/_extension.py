@@ -1,0 +1,239 @@
+"""The unit of work of a Quart application: opened around it, decided where its own error handlers still can answer."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from context_sqla import DBConnect, run_in_new_ctx
+from context_sqla.adapters import BeforeCommitCallback, explain, retry_after_header
+from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
+from context_sqla_asgi import SCOPE_KEY, Rule, Wire
+from context_sqla_asgi import setup as setup_asgi
+from quart import Quart, has_request_context, request
+from quart.asgi import ASGIHTTPConnection
+from quart.wrappers.response import IterableBody
+
+_EXTENSION = "context_sqla"
+_AFTERWARDS = "context_sqla.afterwards"
+# A handler for one of these is the application's own answer; one for every Exception is not.
+_ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
+
+
+def setup(
+    app: Quart,
+    *connects: DBConnect[Any],
+    should_commit: Rule | None = None,
+    before_commit: BeforeCommitCallback | None = None,
+) -> None:
+    """Give each HTTP request of the application a unit of work, and close the connects at its shutdown (P3, P4, P5, P6).
+
+    The commit comes after all of the application's hooks for the request, so that they may write as well; the application's
+    error handlers answer errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application
+    has no handler for it.
+
+    Args:
+        app: the application, not started yet.
+        connects: closed after the application's own `after_serving` and `while_serving`.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+
+    Raises:
+        SetupError: the application has started, or is set up already.
+    """
+    ContextSQLA(app, *connects, should_commit=should_commit, before_commit=before_commit)
+
+
+class ContextSQLA:
+    """Do what `setup` does, as an extension: `app.extensions["context_sqla"]`.
+
+    Args:
+        app: the application; without one, call `init_app` where it is made.
+        connects: as in `setup`.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+
+    Raises:
+        SetupError: the application has started, or is set up already.
+    """
+
+    def __init__(
+        self,
+        app: Quart | None = None,
+        *connects: DBConnect[Any],
+        should_commit: Rule | None = None,
+        before_commit: BeforeCommitCallback | None = None,
+    ) -> None:
+        self._connects = connects
+        self._should_commit = should_commit
+        self._before_commit = before_commit
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Quart, *connects: DBConnect[Any]) -> None:
+        """Set an application up; several may share one extension.
+
+        Args:
+            app: the application, not started yet.
+            connects: closed at this application's shutdown, beside those of the extension.
+
+        Raises:
+            SetupError: the application has started, or is set up already.
+        """
+        if hasattr(app, "shutdown_event") or getattr(app, "_got_first_request", False):
+            raise SetupError("the application has started: call setup(app, ...) where the application is made")
+        if _EXTENSION in app.extensions:
+            raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
+        app.extensions[_EXTENSION] = self
+        self._install(app, *connects)
+
+    def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
+        options: Any = {"should_commit": self._should_commit, "before_commit": self._before_commit}
+        whole = setup_asgi(app.asgi_app, *self._connects, *connects, **options)
+        app.asgi_app = _Around(app, whole)
+        app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
+        app.finalize_request = _deciding(app)
+        app.add_background_task = _afterwards(app)
+        app.before_request_funcs[None].insert(0, _note_names)
+
+
+class _Afterwards:
+    """The background work of one request, which waits until the response is over, or on its way if it is a stream."""
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+        self.jobs: list[Callable[[], Awaitable[Any]]] = []
+
+    async def run(self) -> None:
+        await self.over.wait()
+        jobs, self.jobs = self.jobs, []
+        if jobs:
+            await run_in_new_ctx(_run_all, jobs)
+
+
+class _Around:
+    """Stand around the application and its unit."""
+
+    def __init__(self, app: Quart, whole: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+        self._whole = whole
+        self._started = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not self._started:
+            self._started = True
+            _answer_unavailable(self._app)
+        if scope["type"] != "http" or _AFTERWARDS in scope:
+            await self._whole(scope, receive, send)
+            return
+        afterwards = scope[_AFTERWARDS] = _Afterwards()
+        try:
+            await self._whole(scope, receive, send)
+        finally:
+            afterwards.over.set()
+
+
+class _Whole(ASGIHTTPConnection):
+    """The connection of one request, whose tasks end with it.
+
+    Until Quart 0.23 a handler goes on alone when a server that shuts down cancels its request.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._tasks: set[asyncio.Task[Any] | None] = set()
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(receive, send)
+        except asyncio.CancelledError:
+            tasks = [task for task in self._tasks if task is not None and task.cancel()]
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def handle_messages(self, *args: Any) -> None:
+        self._tasks.add(asyncio.current_task())
+        await super().handle_messages(*args)
+
+    async def handle_request(self, *args: Any) -> None:
+        self._tasks.add(asyncio.current_task())
+        await super().handle_request(*args)
+
+
+def _answer_unavailable(app: Quart) -> None:
+    handlers = app.error_handler_spec[None][None]
+    if not any(cls in handlers for cls in _ANSWERED):
+        handlers[UnavailableError] = _unavailable
+
+
+async def _unavailable(error: UnavailableError) -> tuple[str, int, dict[str, str]]:
+    """Answer 503 with `Retry-After`: the default handler of `UnavailableError`."""
+    headers = {"Retry-After": retry_after_header(error), "Content-Type": "text/plain; charset=utf-8"}
+    return "Service Unavailable", 503, headers
+
+
+def _scope() -> Any:
+    return request.scope
+
+
+def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
+    """Return the application's `finalize_request`, which ends with the decision about the unit.
+
+    After every hook, for they may write and set the status; before the response is given to Quart's ASGI part, where an error
+    reaches no handler. `after_request` is no place for it: Quart ignores errors there when it answers 500.
+    """
+    finalize, handle = app.finalize_request, app.handle_user_exception
+    first = len(signature(handle).parameters) - 1  # Quart 0.23 puts the context before all else
+
+    async def handle_user_exception(*args: Any) -> Any:
+        explain(args[first])  # the unit never sees an error that is answered here
+        return await handle(*args)
+
+    async def finalize_request(*args: Any, **options: Any) -> Any:
+        response = await finalize(*args, **options)
+        wire: Wire | None = _scope().get(SCOPE_KEY)
+        if wire is None:
+            return response
+        try:
+            await wire.unit.head(response.status_code)
+        except Exception as error:  # noqa: BLE001 - P4b: answered as if the view had raised it, or raised again
+            _scope()[_AFTERWARDS].jobs.clear()
+            result = await app.handle_user_exception(*args[:first], error)
+            response = await finalize(*args[:first], result, *args[first + 1 :], **options)
+            await wire.unit.head(response.status_code)
+        wire.decides = True
+        if isinstance(response.response, IterableBody):
+            _scope()[_AFTERWARDS].over.set()  # a stream may wait for what its background work makes
+        return response
+
+    app.handle_user_exception = handle_user_exception
+    return finalize_request
+
+
+def _afterwards(app: Any) -> Callable[..., None]:
+    """Return the application's `add_background_task`: work that is a unit of its own, after the commit (P6)."""
+    add = app.add_background_task
+
+    def add_background_task(func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        job = partial(app.ensure_async(func), *args, **kwargs)
+        afterwards: _Afterwards | None = _scope().get(_AFTERWARDS) if has_request_context() else None
+        if afterwards is None or afterwards.over.is_set():
+            afterwards = _Afterwards()
+            afterwards.over.set()
+        afterwards.jobs.append(job)
+        if len(afterwards.jobs) == 1:
+            add(afterwards.run)
+
+    return add_background_task
+
+
+async def _run_all(jobs: list[Callable[[], Awaitable[Any]]]) -> None:
+    for job in jobs:
+        await job()
+
+
+async def _note_names() -> None:
+    """Put the names of the path's parameters where the unit's label looks for them."""
+    if request.view_args:
+        _scope()["path_params"] = request.view_args
