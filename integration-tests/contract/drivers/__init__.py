@@ -53,4 +53,10 @@ FRAMEWORKS: Mapping[str, Framework] = {
     ),
     "starlette": Framework("starlette", ASGI_SERVERS),
     "fastapi": Framework("fastapi", ASGI_SERVERS),
+    "aiohttp": Framework(
+        "aiohttp",
+        # Its own runner with handler_cancellation off, as it is by default, and on; and what aiohttp's test client starts.
+        ("aiohttp", "aiohttp-cancelling", "aiohttp-test"),
+        {Feature.SYNC_HANDLERS: "aiohttp takes only coroutine functions as handlers"},
+    ),
 }
