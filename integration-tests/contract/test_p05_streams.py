@@ -1137,6 +1137,20 @@ def _fastapi_file(db: Any, path: Path, work: Any) -> Any:
     return app
 
 
+def _aiohttp_file(db: Any, path: Path, work: Any) -> Any:
+    from aiohttp import web
+    from context_sqla_aiohttp import setup
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await work()
+        return web.FileResponse(path)
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app, db)
+    return app
+
+
 class _Unfinished:
     """A response that sends a piece and returns as if it were done: an ASGI application that forgets its last message."""
 
@@ -1199,7 +1213,36 @@ def _fastapi_unfinished(db: Any, write: Any) -> Any:
     return app
 
 
-_UNFINISHED = {"asgi": _asgi_unfinished, "starlette": _starlette_unfinished, "fastapi": _fastapi_unfinished}
+def _aiohttp_unfinished(db: Any, write: Any) -> Any:
+    from aiohttp import web
+    from context_sqla_aiohttp import setup
+
+    class Unfinished(web.StreamResponse):
+        async def prepare(self, request: Any) -> Any:
+            writer = await super().prepare(request)
+            await write("body")
+            await self.write(b"first")
+            return writer
+
+        async def write_eof(self, data: Any = b"") -> None:
+            pass
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await write("handler")
+        return Unfinished()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app, db)
+    return app
+
+
+_UNFINISHED = {
+    "aiohttp": _aiohttp_unfinished,
+    "asgi": _asgi_unfinished,
+    "starlette": _starlette_unfinished,
+    "fastapi": _fastapi_unfinished,
+}
 
 
 @pytest.mark.wire
@@ -1217,7 +1260,7 @@ async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, fra
     assert await ledger.names() == ["handler"]
 
 
-_FILES = {"asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file}
+_FILES = {"aiohttp": _aiohttp_file, "asgi": _asgi_file, "starlette": _starlette_file, "fastapi": _fastapi_file}
 
 
 @pytest.mark.wire

@@ -1,6 +1,7 @@
 """P19: one tree of errors; each says what happened, to which connect, and the remedy, where it happens in a request."""
 
 import asyncio
+import importlib
 
 import pytest
 from context_sqla import (
@@ -281,10 +282,7 @@ async def test_second_setup_is_refused(framework, bench, db):
 
         assert callable(setup(app, db))
         return
-    if framework.module == "starlette":
-        from context_sqla_starlette import setup
-    else:
-        from context_sqla_fastapi import setup
+    setup = importlib.import_module(f"context_sqla_{framework.module}").setup
     with pytest.raises(SetupError, match="already"):
         setup(app, db)
 
@@ -300,9 +298,6 @@ async def test_setup_after_the_start_is_refused(serve, framework, db):
     if framework.module == "asgi":
         assert callable(service.app)
         return
-    if framework.module == "starlette":
-        from context_sqla_starlette import setup
-    else:
-        from context_sqla_fastapi import setup
+    setup = importlib.import_module(f"context_sqla_{framework.module}").setup
     with pytest.raises(SetupError, match="started"):
         setup(service.app, db)

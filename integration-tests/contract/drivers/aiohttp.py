@@ -1,11 +1,13 @@
 """aiohttp, with ``context_sqla_aiohttp.setup``, served by its own runner."""
 
+import asyncio
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestServer
+from context_sqla import run_in_new_ctx
 from context_sqla_aiohttp import setup
 from support.scenario import (
     Answer,
@@ -81,7 +83,7 @@ class _Runner(Running):
         return running
 
     async def stop(self, grace: float = 30) -> None:
-        self._runner._shutdown_timeout = grace
+        self._runner._shutdown_timeout = min(grace, 2)
         await self._runner.cleanup()
 
 
@@ -102,7 +104,7 @@ class _TestServer(Running):
         return running
 
     async def stop(self, grace: float = 30) -> None:
-        self._server.runner._shutdown_timeout = grace  # type: ignore[union-attr]
+        self._server.runner._shutdown_timeout = min(grace, 2)  # type: ignore[union-attr]
         await self._server.close()
 
 
@@ -121,11 +123,17 @@ def endpoint(handler: Handler) -> Callable[[web.Request], Any]:
         if isinstance(answer, Answer) and answer.background:
             await response.prepare(request)
             await response.write_eof()
-            for work in answer.background:
-                await work()
+            # Where the server cancels handlers, this one is cancelled when its client leaves; its work is not to be.
+            task = asyncio.create_task(run_in_new_ctx(_all, answer.background))
+            await asyncio.shield(task)
         return response
 
     return run
+
+
+async def _all(background: Sequence[BackgroundWork]) -> None:
+    for work in background:
+        await work()
 
 
 _RAISED: Mapping[int, Any] = {

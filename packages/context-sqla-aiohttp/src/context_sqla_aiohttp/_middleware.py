@@ -100,12 +100,11 @@ class DBSessionMiddleware:
         task.add_done_callback(wire.release)
         try:
             return await _run(wire, request, handler)
-        except web.HTTPException:
-            raise
         except BaseException as error:
             if isinstance(error, UnavailableError) and not wire.sent:
                 return await _unavailable(unit, error)
-            await unit.close(error)
+            if wire.sent or not isinstance(error, web.HTTPException):  # or else it is a response, decided about already
+                await unit.close(error)
             raise
         finally:
             wire.show()
