@@ -83,7 +83,7 @@ class _Runner(Running):
         return running
 
     async def stop(self, grace: float = 30) -> None:
-        self._runner._shutdown_timeout = min(grace, 2)
+        self._runner._shutdown_timeout = grace
         await self._runner.cleanup()
 
 
@@ -104,7 +104,7 @@ class _TestServer(Running):
         return running
 
     async def stop(self, grace: float = 30) -> None:
-        self._server.runner._shutdown_timeout = min(grace, 2)  # type: ignore[union-attr]
+        self._server.runner._shutdown_timeout = grace  # type: ignore[union-attr]
         await self._server.close()
 
 

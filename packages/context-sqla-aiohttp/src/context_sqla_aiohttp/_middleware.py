@@ -95,7 +95,7 @@ class DBSessionMiddleware:
         task = asyncio.current_task()
         assert task is not None
         unit = Unit.enter(self._policy, partial(_label, request))
-        wire = Wire(unit, request.writer)
+        wire = Wire(unit, request)
         unit.close_with(task)  # aiohttp writes most responses after all middleware
         task.add_done_callback(wire.release)
         try:

@@ -30,7 +30,7 @@ class Wire:
 
     Args:
         unit: the request's unit of work.
-        writer: the request's.
+        request: the request.
 
     Attributes:
         sent: the head was sent.
@@ -38,11 +38,13 @@ class Wire:
         late: an error that came after the head was sent.
     """
 
-    def __init__(self, unit: Unit, writer: AbstractStreamWriter) -> None:
+    def __init__(self, unit: Unit, request: web.Request) -> None:
+        writer: AbstractStreamWriter = request.writer
         self.unit: Unit = unit
         self.sent: bool = False
         self.failed: Exception | None = None
         self.late: Exception | None = None
+        self._request = request
         self._writer = writer
         self._write_headers: Callable[..., Awaitable[None]] = writer.write_headers
         self._write: Callable[..., Awaitable[None]] = writer.write
@@ -112,6 +114,8 @@ class Wire:
         left = getattr(self._writer, "length", None)
         if left is not None and getattr(chunk, "nbytes", len(chunk)) >= left:
             await self._finish()
+        elif self._request.transport is None:
+            self.unit.disconnected()
         await self._write(chunk, *args, **kwargs)
 
     async def write_eof(self, chunk: bytes = b"") -> None:
@@ -122,6 +126,8 @@ class Wire:
         await self._write_eof(chunk)
 
     async def _finish(self) -> None:
+        if self._request.transport is None:  # P5: nobody is there any more, and what follows will fail
+            self.unit.disconnected()
         try:
             await self.unit.end_of_body()
         except Exception as error:
