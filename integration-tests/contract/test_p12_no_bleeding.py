@@ -23,7 +23,6 @@ from support.scenario import Answer, Application, Feature, Gate, Redirect, Route
 from support.servers import ServerOptions
 from support.service import Service
 from support.tables import Item
-from support.wire import connect as connect_to
 
 BIG = b"x" * 400_000
 
@@ -252,6 +251,7 @@ def _own_class(framework, handler, write):
     if framework.module == "aiohttp":
         from aiohttp import web
         from context_sqla_aiohttp import DBSessionMiddleware, db_session_middleware
+
         from contract.drivers.aiohttp import endpoint as aiohttp_endpoint
 
         app = web.Application(middlewares=[db_session_middleware, between(write), DBSessionMiddleware()])

@@ -328,8 +328,15 @@ async def test_refused_websocket_is_answered(ledger, client_of):
         await web.WebSocketResponse().prepare(request)
 
     client = await client_of(application(handler))
-    answer = await client.get("/", headers={"Upgrade": "websocket", "Connection": "upgrade", "Sec-WebSocket-Version": "13",
-                                            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
+    answer = await client.get(
+        "/",
+        headers={
+            "Upgrade": "websocket",
+            "Connection": "upgrade",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        },
+    )
 
     assert answer.status == 500
 

@@ -50,12 +50,10 @@ class Wire:
         self._write: Callable[..., Awaitable[None]] = writer.write
         self._write_eof: Callable[..., Awaitable[None]] = writer.write_eof
         self._hidden = ExitStack()
-        vars(writer).update(
-            {_KEY: self, "write_headers": self.write_headers, "write": self.write, "write_eof": self.write_eof}
-        )
+        vars(writer).update({_KEY: self, "write_headers": self.write_headers, "write": self.write, "write_eof": self.write_eof})
         self._unused = dict(vars(writer))
 
-    def release(self, task: "asyncio.Task[Any] | None" = None) -> None:
+    def release(self, _: "asyncio.Task[Any]") -> None:
         """Give the writer its own methods back, or each request would be a cycle: writer, wire, unit, label, request."""
         for name in (_KEY, "write_headers", "write", "write_eof"):
             vars(self._writer).pop(name, None)
