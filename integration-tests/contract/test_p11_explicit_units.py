@@ -589,7 +589,7 @@ async def test_websocket_after_a_request_on_the_same_connection_is_no_unit(serve
         statuses = [(await connection.request("POST", "/", body=body)).status for body in (b"1" * 400_000, b"2")]
         await connection.send("GET", "/ws", headers=UPGRADE)
         head = await connection.head()
-        await until(lambda: len(ask.seen) == 4)
+        await until(lambda: len(ask.seen) == (2 if Feature.HANDSHAKE in framework.lacks else 4))
         connection.abort()
 
     assert statuses == [201, 201]
