@@ -1,6 +1,7 @@
-"""What the examples share: serve an application with uvicorn, or make its requests over real HTTP and compare the answers."""
+"""What the examples share: serve an application, or make its requests over real HTTP and compare the answers."""
 
 import argparse
+import asyncio
 import contextlib
 import json
 import secrets
@@ -32,13 +33,41 @@ def main(app: Any) -> None:
     print(f"  curl '{address}/users'")
     print(f"  curl '{address}/stats'\n", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        _server(app).run(sockets=[listening])
+
+
+def _server(app: Any) -> Any:
+    return app if isinstance(app, AiohttpServer) else uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+
+
+class AiohttpServer:
+    """aiohttp's own server, with the two things of uvicorn's that are needed here."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.should_exit = False
+
+    def run(self, sockets: list[socket.socket]) -> None:
+        """Serve until `should_exit`."""
+        asyncio.run(self._run(sockets[0]))
+
+    async def _run(self, listening: socket.socket) -> None:
+        from aiohttp import web
+
+        runner = web.AppRunner(self.app, access_log=None)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, listening).start()
+            while not self.should_exit:
+                await asyncio.sleep(0.05)
+        finally:
+            await runner.cleanup()
 
 
 def check(app: Any) -> int:
     """Serve the application on a free port, make its requests, and return 0 if every answer was the one expected."""
     listening = bind(0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = _server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     client = Client(HOST, listening.getsockname()[1])

@@ -112,8 +112,8 @@ def _spare_postgres(spare_postgres_of_the_session: Postgres) -> Postgres:
 
 @pytest.fixture(name="framework")
 def _framework(stack: Stack) -> Framework:
-    """The framework's row: what it lacks, and why."""
-    return FRAMEWORKS[stack.framework]
+    """The framework's row: what it lacks on this server, and why."""
+    return FRAMEWORKS[stack.framework].on(stack.server)
 
 
 @pytest.fixture(name="bench")

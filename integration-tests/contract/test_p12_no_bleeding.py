@@ -15,17 +15,14 @@ from context_sqla import (
     run_in_new_ctx,
 )
 from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
-from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
-from context_sqla_asgi import setup as setup_asgi
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.rows import add, insert, insert_orphan
 from support.scenario import Answer, Application, Feature, Gate, Redirect, Route, SocketRoute
 from support.servers import ServerOptions
-from support.servers import serve as serve_app
+from support.service import Service
 from support.tables import Item
-from support.wire import connect as connect_to
 
 BIG = b"x" * 400_000
 
@@ -157,18 +154,27 @@ async def test_server_inside_an_open_unit_does_not_join_it(serve, db, ledger):
 
 async def test_application_called_inside_an_open_unit_does_not_join_it(framework, db, ledger):
     """An application that is called in the same task, as ``httpx.ASGITransport`` does, does not join either (P12)."""
-    app = framework.driver().build(Application([Route("/", write(db))], (db,)))
+    app = framework.driver().build(Application([Route("/", write(db))]))  # a server's shutdown in here could not close it
     async with db_context():
         mine = await db_session(db)
-        status = await call(app, "POST", "/?name=a")
+        [status] = await call(framework, app, "/?name=a")
         seen = await ledger.names()
         assert await db_session(db) is mine
 
     assert (status, seen) == (201, ["a"])
 
 
-async def call(app, method, target) -> int:
-    """Call an ASGI application in this very task, as test clients do; return the status."""
+async def call(framework, app, *targets) -> list[int]:
+    """POST to an application from this very task, as the framework's test client for one loop does; return the statuses."""
+    if framework.module == "aiohttp":
+        from aiohttp.test_utils import TestClient, TestServer
+
+        async with TestClient(TestServer(app)) as client:
+            return [(await client.post(target)).status for target in targets]
+    return [await call_asgi(app, "POST", target) for target in targets]
+
+
+async def call_asgi(app, method, target) -> int:
     path, _, query = target.partition("?")
     scope = {
         "type": "http",
@@ -214,14 +220,46 @@ class Between:
         await self.app(scope, receive, send)
 
 
+def between(write):
+    """The same for aiohttp."""
+    from aiohttp import web
+
+    @web.middleware
+    async def run(request, handler):
+        await write()
+        return await handler(request)
+
+    return run
+
+
 def _wrapped(framework, handler, write):
-    """The bare ASGI middleware around an application that is set up."""
+    """The bare middleware around an application that is set up."""
+    if framework.module == "aiohttp":
+        from context_sqla_aiohttp import db_session_middleware
+
+        app = framework.driver().build(Application([Route("/", handler)], setup_first=True))
+        app.middlewares.insert(0, between(write))
+        app.middlewares.insert(0, db_session_middleware)
+        return app
+    from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+
     return ASGIHTTPDBSessionMiddleware(Between(framework.driver().build(Application([Route("/", handler)])), write))
 
 
 def _own_class(framework, handler, write):
     """The framework's own middleware class, added twice, and no setup."""
+    if framework.module == "aiohttp":
+        from aiohttp import web
+        from context_sqla_aiohttp import DBSessionMiddleware, db_session_middleware
+
+        from contract.drivers.aiohttp import endpoint as aiohttp_endpoint
+
+        app = web.Application(middlewares=[db_session_middleware, between(write), DBSessionMiddleware()])
+        app.router.add_post("/", aiohttp_endpoint(handler))
+        return app
     if framework.module == "asgi":
+        from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+
         plain = framework.driver().build(Application([Route("/", handler)])).app
         return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(plain), write))
     if framework.module == "litestar":  # which has no class of its own: its middleware is ASGI middleware
@@ -258,8 +296,18 @@ def _own_class(framework, handler, write):
 
 def _mounted(framework, handler, write):
     """An application inside another, both set up."""
+    if framework.module == "aiohttp":
+        from aiohttp import web
+        from context_sqla_aiohttp import setup
+
+        outer = web.Application(middlewares=[between(write)])
+        setup(outer)
+        outer.add_domain("localhost", framework.driver().build(Application([Route("/", handler)])))
+        return outer
     inner = Between(framework.driver().build(Application([Route("/", handler)])), write)
     if framework.module == "asgi":
+        from context_sqla_asgi import setup as setup_asgi
+
         return setup_asgi(inner)
     if framework.module == "litestar":
         from context_sqla_litestar import ContextSQLAPlugin
@@ -312,10 +360,12 @@ async def test_middleware_mounted_twice_is_one_unit(framework, db, ledger, bench
 
     app = make(framework, handler, write)
     statuses = []
-    async with serve_app(app, "uvicorn") as address, connect_to(address) as connection:
+    service = Service(app, await framework.driver().start(app, framework.servers[0], ServerOptions()))
+    async with service.connect() as connection:
         for status in (201, 404, 303):
             statuses.append((await connection.request("POST", f"/?status={status}")).status)
             seen.append(await ledger.count())
+    await service.stop()
 
     assert statuses == [201, 404, 303]
     assert seen == [1, "committed", 2, 1, 2, 1, "committed", 4]
@@ -687,7 +737,7 @@ async def test_application_called_in_the_tests_task_joins(framework, db, ledger)
     """The application called through a transport in the test's own task joins as well (P12)."""
     app = framework.driver().build(Application([Route("/", write(db))], (db,)))
     async with shared(db) as session:
-        statuses = [await call(app, "POST", target) for target in ("/?name=a", "/?name=b&status=404", "/?name=c")]
+        statuses = await call(framework, app, "/?name=a", "/?name=b&status=404", "/?name=c")
         assert await seen_by(session) == ["a", "c"]
 
     assert statuses == [201, 404, 201]

@@ -488,7 +488,7 @@ async def test_requests_on_both_kinds_of_loop(serve, db, ledger):
     assert await ledger.names() == list("abcdefgh")
 
 
-async def test_client_with_a_loop_per_call(serve, db, ledger, stack):
+async def test_client_with_a_loop_per_call(serve, build, db, ledger, stack):
     """The framework's own test client, which makes a loop for every call, works beside a real server (P15)."""
 
     async def handler(request):
@@ -497,7 +497,9 @@ async def test_client_with_a_loop_per_call(serve, db, ledger, stack):
 
     service = await serve(handler)
     statuses = [(await service.post("/?name=a")).status]
-    statuses += await asyncio.to_thread(_call_each_in_a_loop, service.app, stack.framework, ["/?name=b", "/?name=c"])
+    # An application of aiohttp belongs to one loop: each loop has one, and all of them the connect.
+    apps = [build(handler, connects=()) if stack.framework == "aiohttp" else service.app for _ in "bc"]
+    statuses += await asyncio.to_thread(_call_each_in_a_loop, apps, stack.framework, ["/?name=b", "/?name=c"])
     statuses.append((await service.post("/?name=d")).status)
     gc.collect()
 
@@ -510,11 +512,9 @@ async def test_client_with_a_loop_per_call(serve, db, ledger, stack):
     assert await ledger.names() == ["a", "b", "c", "d"]
 
 
-def _call_each_in_a_loop(app, framework, urls):
-    if framework == "asgi":
-        return [asyncio.run(_call(app, url)) for url in urls]
-    if framework == "quart":
-        return [asyncio.run(_call_quart(app, url)) for url in urls]
+def _call_each_in_a_loop(apps, framework, urls):
+    if call := {"aiohttp": _call_aiohttp, "asgi": _call, "quart": _call_quart}.get(framework):
+        return [asyncio.run(call(app, url)) for app, url in zip(apps, urls, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for another HTTP client
         if framework == "litestar":
@@ -522,8 +522,15 @@ def _call_each_in_a_loop(app, framework, urls):
         else:
             from starlette.testclient import TestClient
 
-    client = TestClient(app)  # no `with`: every call has a loop of its own
-    return [client.post(url).status_code for url in urls]
+    # No `with`: every call has a loop of its own.
+    return [TestClient(app).post(url).status_code for app, url in zip(apps, urls, strict=True)]
+
+
+async def _call_aiohttp(app, url):
+    from aiohttp.test_utils import TestClient, TestServer
+
+    async with TestClient(TestServer(app)) as client:
+        return (await client.post(url)).status
 
 
 async def _call_quart(app, url):

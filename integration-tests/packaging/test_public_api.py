@@ -14,6 +14,7 @@ PUBLIC_MODULES = [
     "context_sqla.adapters",
     "context_sqla.errors",
     "context_sqla.testing",
+    "context_sqla_aiohttp",
     "context_sqla_asgi",
     "context_sqla_fastapi",
     "context_sqla_litestar",

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from support.scenario import Application, Feature
@@ -23,11 +23,19 @@ class Driver(Protocol):
 
 @dataclass(frozen=True)
 class Framework:
-    """One row: the module of the driver, its servers (the default one first), and what the framework lacks, with the reason."""
+    """One row: the module of the driver, its servers (the default one first), and what the framework lacks, with the reason.
+
+    ``lacks_on`` has what is lacking on one of its servers only; ``on(server)`` is the row with that as well.
+    """
 
     module: str
     servers: Sequence[str]
     lacks: Mapping[Feature, str] = field(default_factory=dict)
+    lacks_on: Mapping[str, Mapping[Feature, str]] = field(default_factory=dict)
+
+    def on(self, server: str) -> "Framework":
+        """Return the row as it is on one of its servers."""
+        return replace(self, lacks={**self.lacks, **self.lacks_on.get(server, {})})
 
     def driver(self) -> Driver:
         """Import the driver, and with it the framework.
@@ -60,7 +68,23 @@ FRAMEWORKS: Mapping[str, Framework] = {
         {
             Feature.BACKGROUND_AFTER_STREAM: "a stream may wait for what its background work makes: both begin after the commit",
             Feature.GZIP: "Quart has no compression of its own",
-            Feature.LEFT_BEHIND: "Quart cancels the handler of a client that has left, under every server: it is rolled back",
+            Feature.HANDLER_RUNS_ON: "Quart cancels the handler of a client that has left, under every server: it is rolled back",
+        },
+    ),
+    "aiohttp": Framework(
+        "aiohttp",
+        # Its own runner with handler_cancellation off, as it is by default, and on; and what aiohttp's test client starts.
+        ("aiohttp", "aiohttp-cancelling", "aiohttp-test"),
+        {
+            Feature.SYNC_HANDLERS: "aiohttp takes only coroutine functions as handlers",
+            Feature.BACKGROUND: "aiohttp runs nothing after a response: a handler that has written it starts such work itself",
+            Feature.HANDSHAKE: "a handler makes a websocket of its request: work before ws.prepare() commits at the 101",
+            Feature.HIDDEN_HOOKS: "aiohttp runs them in the task that starts the server",
+        },
+        {
+            "aiohttp": {Feature.DISCONNECT: "with handler_cancellation off, only who writes learns that a client has left"},
+            "aiohttp-cancelling": {Feature.HANDLER_RUNS_ON: "handler_cancellation cancels it"},
+            "aiohttp-test": {Feature.HANDLER_RUNS_ON: "aiohttp's TestServer sets handler_cancellation"},
         },
     ),
 }

@@ -1,0 +1,157 @@
+"""The unit of work of an aiohttp application: a middleware that opens it, and points in the chain where it is decided."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, TypeAlias
+from weakref import WeakSet
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from context_sqla import DBConnect
+from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, close_connects, retry_after_header
+from context_sqla.errors import SetupError, UnavailableError
+
+from ._wire import Wire, wire_of
+
+Rule: TypeAlias = Callable[[int], bool]
+
+_ready: WeakSet[web.Application] = WeakSet()
+
+
+def setup(
+    app: web.Application,
+    *connects: DBConnect[Any],
+    should_commit: Rule | None = None,
+    before_commit: BeforeCommitCallback | None = None,
+) -> None:
+    """Give each HTTP request of the application a unit of work, and close the connects at its cleanup (P3, P4, P5).
+
+    Call it before or after other middleware is added: its parts are placed when the application is frozen, one that opens the
+    unit outside everything, and points of decision inside each middleware, so that error middleware answers errors of the
+    commit (P4b). An `UnavailableError` that no middleware answers is a 503 with `Retry-After`.
+
+    Args:
+        app: the application, not started yet. One that is added to another with `add_subapp` is set up by itself, before that
+            and without connects, if its own middleware is to stand around its commits; it shares the unit of the request.
+        connects: closed after the application's own cleanup.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+
+    Raises:
+        SetupError: the application has started, was added to another, or is set up already.
+    """
+    if app.pre_frozen or app.on_startup.frozen:
+        raise SetupError("the application has started, or was added to another: call setup(app, ...) where it is made")
+    if app in _ready:
+        raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
+    _ready.add(app)
+    pre_freeze = app.pre_freeze
+
+    def place() -> None:
+        if not app.pre_frozen:
+            for position in range(len(app.middlewares), 0, -1):
+                app.middlewares.insert(position, _point)
+            app.middlewares.insert(0, DBSessionMiddleware(should_commit=should_commit, before_commit=before_commit))
+            app.on_cleanup.append(close)
+        pre_freeze()
+
+    async def close(_: web.Application) -> None:
+        await close_connects(*connects)
+
+    async def closing(_: web.Application) -> AsyncIterator[None]:
+        yield
+        await close_connects(*connects)
+
+    # The first context is the last to end, whatever fails before; handlers of on_cleanup may use the connects after that.
+    app.cleanup_ctx.insert(0, closing)
+    vars(app)["pre_freeze"] = place  # not by assignment: aiohttp warns of that in development mode
+
+
+class DBSessionMiddleware:
+    """Give each request a unit of work, where the application's owner places it among its middlewares (P3, P4, P5).
+
+    Middleware further out answers errors of the commit (P4b), and has no unit. What `setup` adds: it is placed right whatever
+    is added later, all other middleware has the unit, and the connects are closed at cleanup.
+
+    Args:
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+    """
+
+    __middleware_version__: int = 1  # what aiohttp's decorator sets
+
+    def __init__(self, *, should_commit: Rule | None = None, before_commit: BeforeCommitCallback | None = None) -> None:
+        self._policy = Policy(should_commit, before_commit)
+
+    async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Run the rest of the application in the request's unit of work.
+
+        Raises:
+            Exception: that of the commit, or the application's own.
+        """
+        if wire_of(request) is not None:
+            return await _point(request, handler)
+        task = asyncio.current_task()
+        assert task is not None
+        unit = Unit.enter(self._policy, partial(_label, request))
+        wire = Wire(unit, request)
+        unit.close_with(task)  # aiohttp writes most responses after all middleware
+        task.add_done_callback(wire.release)
+        try:
+            return await _run(wire, request, handler)
+        except BaseException as error:
+            if isinstance(error, UnavailableError) and not wire.sent:
+                return await _unavailable(unit, error)
+            if wire.sent or not isinstance(error, web.HTTPException):  # or else it is a response, decided about already
+                await unit.close(error)
+            raise
+        finally:
+            wire.show()
+
+
+db_session_middleware: DBSessionMiddleware = DBSessionMiddleware()
+"""The middleware without options, for `app.middlewares.append(db_session_middleware)`."""
+
+
+async def _run(wire: Wire, request: web.Request, handler: Handler) -> web.StreamResponse:
+    response = await _decided(wire, request, handler)
+    if wire.late is not None:
+        raise wire.late  # middleware has answered it, but the head of another response was out
+    if wire.unit.phase is Phase.BACKGROUND:  # the handler went on after the last byte (P6)
+        await wire.unit.close()
+    return response
+
+
+async def _decided(wire: Wire, request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        response = await handler(request)
+    except web.HTTPException as error:
+        if wire.sent:
+            wire.note(error)
+            raise
+        await wire.unit.head(error.status)  # a response that is raised: a redirect commits
+        raise
+    except Exception as error:
+        wire.note(error)
+        raise
+    await wire.decide(response)
+    return response
+
+
+@web.middleware
+async def _point(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Decide here, inside the middleware that was added before."""
+    wire = wire_of(request)
+    return await (handler(request) if wire is None else _decided(wire, request, handler))
+
+
+async def _unavailable(unit: Unit, error: UnavailableError) -> web.Response:
+    await unit.head(503)
+    return web.Response(status=503, text="Service Unavailable", headers={"Retry-After": retry_after_header(error)})
+
+
+def _label(request: web.Request) -> str:
+    """Return "METHOD /path", with the names of the path's parameters."""
+    resource = request.match_info.route.resource
+    return f"{request.method} {request.path if resource is None else resource.canonical}"
