@@ -53,4 +53,15 @@ FRAMEWORKS: Mapping[str, Framework] = {
     ),
     "starlette": Framework("starlette", ASGI_SERVERS),
     "fastapi": Framework("fastapi", ASGI_SERVERS),
+    "sanic": Framework(
+        "sanic",
+        ("sanic", "uvicorn", "hypercorn"),
+        {
+            Feature.BACKGROUND: "Sanic runs nothing after a response; `add_task` starts at once, as a child task (P2, P10)",
+            Feature.BACKGROUND_UNIT: "for the same reason: background work is started with run_in_new_ctx",
+            Feature.GZIP: "Sanic has no such middleware",
+            Feature.CORS: "Sanic has no such middleware; its extension package has",
+            Feature.BASE_HTTP: "Sanic has no middleware around the handler",
+        },
+    ),
 }
