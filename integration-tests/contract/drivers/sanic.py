@@ -2,9 +2,11 @@
 
 import asyncio
 import inspect
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from context_sqla import run_in_new_ctx
 from context_sqla_sanic import setup
 from sanic import HTTPResponse, Request, Sanic, raw, redirect
 from sanic.exceptions import SanicException, WebsocketClosed
@@ -53,6 +55,7 @@ def build(application: Application) -> "Sanic[Any, Any]":
         app.before_server_start(listener(hook))
     for hook in reversed(application.on_shutdown):
         app.after_server_stop(listener(hook))
+    app.signal("http.lifecycle.response")(start_background_work)
     if not application.setup_first:
         setup(app, *application.connects, **options)
     return app
@@ -61,6 +64,31 @@ def build(application: Application) -> "Sanic[Any, Any]":
 async def start(app: "Sanic[Any, Any]", server: str, options: ServerOptions) -> Running:
     """Serve it."""
     return await (_Native.start(app) if server == "sanic" else servers.start(app, server, options))
+
+
+def asgi(app: "Sanic[Any, Any]") -> Callable[..., Awaitable[None]]:
+    """Make what can be called in the task of a test, without a server: what the framework's own ``asgi_client`` does."""
+
+    async def call(scope: Any, receive: Any, send: Any) -> None:
+        app.asgi = True
+        if not app.state.is_started:
+            await app._startup()
+            await app._server_event("init", "before")
+        await app({"raw_path": scope["path"].encode(), **scope}, receive, send)
+
+    return call
+
+
+async def start_background_work(request: Request, **_: Any) -> None:
+    """Start it as the how-to says: when the unit of the request has decided, as a unit of its own."""
+    works = getattr(request.ctx, "works", ())
+    if works:
+        request.app.add_task(run_in_new_ctx(_in_order, works))
+
+
+async def _in_order(works: Any) -> None:
+    for work in works:
+        await work()
 
 
 def endpoint(handler: Handler) -> Callable[..., Any]:
@@ -143,11 +171,13 @@ def plain(result: Result) -> HTTPResponse:
 
 async def respond(result: Result, request: Request) -> BaseHTTPResponse | None:
     """Make a response, or send a stream as a handler does in Sanic."""
+    request.ctx.works = getattr(result, "background", ())
     if isinstance(result, Redirect) or result.stream is None:
         return plain(result)
     stream = result.stream
     try:
         response = await request.respond(status=result.status, headers=result.fields, content_type="text/plain")
+        await response.send("")  # the head, which would otherwise wait for the first piece
         async for piece in stream:
             await response.send(piece)
     finally:
@@ -166,15 +196,17 @@ class _Native(Running):
 
     @classmethod
     async def start(cls, app: "Sanic[Any, Any]") -> Running:
+        sock = socket.create_server((LOOPBACK, 0))
+        sock.setblocking(False)
         server = await app.create_server(
-            host=LOOPBACK, port=0, return_asyncio_server=True, access_log=False, asyncio_server_kwargs={"start_serving": False}
+            sock=sock, return_asyncio_server=True, access_log=False, asyncio_server_kwargs={"start_serving": False}
         )
         assert server is not None
         try:
             await server.startup()
             await server.before_start()
         except Exception as exc:
-            server.close()
+            await server.close()
             raise servers.StartupError("a listener failed") from exc
         await server.start_serving()
         await server.after_start()

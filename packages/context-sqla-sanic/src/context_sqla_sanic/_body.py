@@ -59,12 +59,13 @@ class Body:
 
     async def _is_left(self) -> bool:
         """Return whether the client has left; Sanic itself does not ask an ASGI server."""
-        if not self._request.app.asgi:
+        receive = getattr(self._request.transport, "receive", None)
+        if receive is None:
             return self._request.conn_info is not None and self._request.conn_info.lost
         route = self._request.route
         if self._stream.request_body and not (route is not None and route.extra.ignore_body):
             return False
-        while (message := _at_once(self._request.transport.receive())) is not None:
+        while (message := _at_once(receive())) is not None:
             if message["type"] == "http.disconnect":
                 return True
         return False

@@ -63,13 +63,12 @@ class UnitRequest(Request[Any, Any]):
     __slots__ = ()
     policy: ClassVar[Policy]
     unit: Unit | None
-    _answers: bool  # an exception is being answered
+    _answers: BaseException | None  # the exception that is being answered
     _hidden: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unit = self._hidden = None
-        self._answers = False
+        self.unit = self._hidden = self._answers = None
 
     def enter(self) -> None:
         """Open a unit, which ends with the task at the latest: a cancelled request is told nothing more."""
@@ -100,13 +99,13 @@ class UnitRequest(Request[Any, Any]):
             await self.unit.head(final.status)
         except Exception as error:
             self._response_middleware_started = False  # P4b: it runs for the answer to this error too
-            if not self._answers:
+            if self._answers is None:
                 raise
             # The answer of an exception handler, which Sanic would send in spite of the error.
             self.reset_response()
             return await self.respond(self.app.error_handler.default(self, error))
         except BaseException:
-            if self._answers and response is not None:
+            if self._answers is not None and response is not None:
                 response.status = 500  # the same
             raise
         if isinstance(final, BaseHTTPResponse) and final.stream is not None:
@@ -116,7 +115,7 @@ class UnitRequest(Request[Any, Any]):
     async def fail(self, error: BaseException) -> None:
         """Prepare for the answer to an exception, or break off a body that has begun."""
         self.show()
-        self._answers = True
+        self._answers = error
         unit, stream = self.unit, self.stream
         if unit is not None and unit.phase is not Phase.HANDLER:
             unfinished = unit.phase is Phase.STREAM
@@ -134,7 +133,7 @@ class UnitRequest(Request[Any, Any]):
             if self.conn_info is not None and self.conn_info.lost:
                 self.unit.disconnected()
             await self.unit.end_of_body()
-            await self.unit.close()
+            await self.unit.close(self._answers)
 
     def _label(self) -> str:
         return f"{self.method} {self.uri_template or self.path}"
