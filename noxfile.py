@@ -18,12 +18,13 @@ nox.options.sessions = ["tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"]
+PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi", "context-sqla-sanic"]
 # What each framework's adapter needs of this workspace; its sessions install nothing else of it.
 FRAMEWORKS = {
     "asgi": ["context-sqla", "context-sqla-asgi"],
     "starlette": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette"],
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
+    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],  # the suite itself needs asgi
 }
 PACKAGING = "integration-tests/packaging"
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers

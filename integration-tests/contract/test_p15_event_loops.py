@@ -511,7 +511,11 @@ async def test_client_with_a_loop_per_call(serve, db, ledger, stack):
 
 
 def _call_each_in_a_loop(app, framework, urls):
-    if framework == "asgi":
+    if framework == "sanic":
+        from contract.drivers.sanic import asgi
+
+        app = asgi(app)
+    if framework in ("asgi", "sanic"):
         return [asyncio.run(_call(app, url)) for url in urls]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for another HTTP client

@@ -283,6 +283,8 @@ async def test_second_setup_is_refused(framework, bench, db):
         return
     if framework.module == "starlette":
         from context_sqla_starlette import setup
+    elif framework.module == "sanic":
+        from context_sqla_sanic import setup
     else:
         from context_sqla_fastapi import setup
     with pytest.raises(SetupError, match="already"):
@@ -302,6 +304,8 @@ async def test_setup_after_the_start_is_refused(serve, framework, db):
         return
     if framework.module == "starlette":
         from context_sqla_starlette import setup
+    elif framework.module == "sanic":
+        from context_sqla_sanic import setup
     else:
         from context_sqla_fastapi import setup
     with pytest.raises(SetupError, match="started"):

@@ -57,8 +57,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
         "sanic",
         ("sanic", "uvicorn", "hypercorn"),
         {
-            Feature.BACKGROUND: "Sanic runs nothing after a response; `add_task` starts at once, as a child task (P2, P10)",
-            Feature.BACKGROUND_UNIT: "for the same reason: background work is started with run_in_new_ctx",
+            Feature.BACKGROUND_UNIT: "Sanic runs nothing after a response: `add_task(run_in_new_ctx(...))`, once it is decided",
             Feature.GZIP: "Sanic has no such middleware",
             Feature.CORS: "Sanic has no such middleware; its extension package has",
             Feature.BASE_HTTP: "Sanic has no middleware around the handler",

@@ -9,6 +9,8 @@ from typing import Any
 from context_sqla import run_in_new_ctx
 from context_sqla_sanic import setup
 from sanic import HTTPResponse, Request, Sanic, raw, redirect
+from sanic.application.constants import ServerStage
+from sanic.application.state import ApplicationServerInfo
 from sanic.exceptions import SanicException, WebsocketClosed
 from sanic.response import BaseHTTPResponse
 from support import servers
@@ -208,6 +210,8 @@ class _Native(Running):
         except Exception as exc:
             await server.close()
             raise servers.StartupError("a listener failed") from exc
+        # As `run` does, or add_task would wait for the start.
+        app.state.server_info.append(ApplicationServerInfo({}, ServerStage.SERVING))
         await server.start_serving()
         await server.after_start()
         return cls(app, server, Address(*server.server.sockets[0].getsockname()))
@@ -229,6 +233,7 @@ class _Native(Running):
             else:
                 connection.abort()
         await self._server.after_stop()
+        self._app.state.server_info.clear()
 
 
 class _Socket:

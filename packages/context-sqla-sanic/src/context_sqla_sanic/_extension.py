@@ -47,7 +47,11 @@ def setup(
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
     if issubclass(base, UnitRequest):
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
-    space = {"__slots__": ("_answers", "_hidden", "unit"), "__doc__": UnitRequest.__doc__, "policy": Policy(should_commit, before_commit)}
+    space = {
+        "__slots__": ("_answers", "_hidden", "unit"),
+        "__doc__": UnitRequest.__doc__,
+        "policy": Policy(should_commit, before_commit),
+    }
     app.request_class = type("UnitRequest", (UnitRequest, base), space)
     app.signal("http.routing.after", priority=_FIRST)(_routed)
     app.signal("http.handler.after", priority=_LAST)(_handled)
@@ -60,7 +64,6 @@ def setup(
 class UnitRequest(Request[Any, Any]):
     """A request with a unit of work, which decides where the request responds: each head passes here."""
 
-    __slots__ = ()
     policy: ClassVar[Policy]
     unit: Unit | None
     _answers: BaseException | None  # the exception that is being answered
