@@ -57,6 +57,7 @@ def build(application: Application) -> "Sanic[Any, Any]":
         app.before_server_start(listener(hook))
     for hook in reversed(application.on_shutdown):
         app.after_server_stop(listener(hook))
+    app.signal("http.lifecycle.exception")(drop_background_work)
     app.signal("http.lifecycle.response")(start_background_work)
     if not application.setup_first:
         setup(app, *application.connects, **options)
@@ -86,6 +87,11 @@ async def start_background_work(request: Request, **_: Any) -> None:
     works = getattr(request.ctx, "works", ())
     if works:
         request.app.add_task(run_in_new_ctx(_in_order, works))
+
+
+async def drop_background_work(request: Request, **_: Any) -> None:
+    """An answer that was not sent has none."""
+    request.ctx.works = ()
 
 
 async def _in_order(works: Any) -> None:
