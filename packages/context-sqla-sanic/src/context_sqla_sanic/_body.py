@@ -6,6 +6,7 @@ from typing import Any
 from context_sqla.adapters import Unit
 from sanic import Request
 from sanic.exceptions import RequestCancelled
+from sanic.http import Stage
 from sanic.response import BaseHTTPResponse
 
 
@@ -37,7 +38,7 @@ class Body:
         return self._send if self._stream.send is not None else None
 
     async def _send(self, data: bytes, end_stream: bool) -> None:
-        if await self._is_left():
+        if self._stream.stage is Stage.RESPONSE and await self._is_left():  # a decided answer goes out whole
             self._unit.disconnected()
             raise RequestCancelled
         if self._is_last(data, end_stream):
