@@ -19,7 +19,16 @@ nox.options.sessions = ["tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi", "context-sqla-litestar", "context-sqla-quart", "context-sqla-aiohttp"]
+PACKAGES = [
+    "context-sqla",
+    "context-sqla-asgi",
+    "context-sqla-starlette",
+    "context-sqla-fastapi",
+    "context-sqla-litestar",
+    "context-sqla-quart",
+    "context-sqla-aiohttp",
+    "context-sqla-sanic",
+]
 # What each framework's adapter needs of this workspace; its sessions install nothing else of it.
 FRAMEWORKS = {
     "asgi": ["context-sqla", "context-sqla-asgi"],
@@ -27,7 +36,8 @@ FRAMEWORKS = {
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
     "litestar": ["context-sqla", "context-sqla-asgi", "context-sqla-litestar"],
     "quart": ["context-sqla", "context-sqla-asgi", "context-sqla-quart"],
-    "aiohttp": ["context-sqla", "context-sqla-aiohttp"],
+    "aiohttp": ["context-sqla", "context-sqla-aiohttp", "context-sqla-sanic"],
+    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],  # the suite itself needs asgi
 }
 PACKAGING = "integration-tests/packaging"
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers

@@ -1338,6 +1338,42 @@ async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, fra
     assert await ledger.names() == ["handler"]
 
 
+def _sanic_file(db, path, work):
+    from sanic.response import file_stream
+
+    app = _sanic()
+
+    @app.get("/")
+    async def handler(request):
+        await work()
+        return await file_stream(path)
+
+    return app
+
+
+def _sanic_unfinished(db, work):
+    """Sanic itself adds the last piece, unless the handler fails."""
+    app = _sanic()
+
+    @app.get("/")
+    async def handler(request):
+        await work("handler")
+        response = await request.respond(content_type="text/plain")
+        await response.send("one")
+        await work("body")
+        raise ZeroDivisionError
+
+    return app
+
+
+def _sanic():
+    from support.scenario import Application
+
+    from contract.drivers.sanic import build
+
+    return build(Application([]))
+
+
 _FILES = {
     "asgi": _asgi_file,
     "starlette": _starlette_file,
@@ -1345,7 +1381,9 @@ _FILES = {
     "litestar": _litestar_file,
     "quart": _quart_file,
     "aiohttp": _aiohttp_file,
+    "sanic": _sanic_file,
 }
+_UNFINISHED["sanic"] = _sanic_unfinished
 
 
 @pytest.mark.wire

@@ -513,7 +513,11 @@ async def test_client_with_a_loop_per_call(serve, build, db, ledger, stack):
 
 
 def _call_each_in_a_loop(apps, framework, urls):
-    if call := {"aiohttp": _call_aiohttp, "asgi": _call, "quart": _call_quart}.get(framework):
+    if framework == "sanic":
+        from contract.drivers.sanic import asgi
+
+        apps = [asgi(app) for app in apps]
+    if call := {"aiohttp": _call_aiohttp, "asgi": _call, "quart": _call_quart, "sanic": _call}.get(framework):
         return [asyncio.run(call(app, url)) for app, url in zip(apps, urls, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for another HTTP client

@@ -87,4 +87,14 @@ FRAMEWORKS: Mapping[str, Framework] = {
             "aiohttp-test": {Feature.HANDLER_RUNS_ON: "aiohttp's TestServer sets handler_cancellation"},
         },
     ),
+    "sanic": Framework(
+        "sanic",
+        ("sanic", "uvicorn", "hypercorn"),
+        {
+            Feature.BACKGROUND_UNIT: "Sanic runs nothing after a response: `add_task(run_in_new_ctx(...))`, once it is decided",
+            Feature.GZIP: "Sanic has no such middleware",
+            Feature.CORS: "Sanic has no such middleware; its extension package has",
+            Feature.BASE_HTTP: "Sanic has no middleware around the handler",
+        },
+    ),
 }

@@ -1,0 +1,265 @@
+"""Sanic, with ``context_sqla_sanic.setup``; on its own server, or as an ASGI application."""
+
+import asyncio
+import inspect
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from context_sqla import run_in_new_ctx
+from context_sqla_sanic import setup
+from sanic import HTTPResponse, Request, Sanic, raw, redirect
+from sanic.application.constants import ServerStage
+from sanic.application.state import ApplicationServerInfo
+from sanic.exceptions import SanicException, WebsocketClosed
+from sanic.response import BaseHTTPResponse
+from support import servers
+from support.deadline import until
+from support.scenario import (
+    Answer,
+    Application,
+    ErrorHandler,
+    Exchange,
+    Fail,
+    Gate,
+    Handler,
+    Redirect,
+    Result,
+    Route,
+    SocketGone,
+    SocketHandler,
+)
+from support.servers import LOOPBACK, Running, ServerOptions
+from support.wire import Address
+from websockets.exceptions import ConnectionClosed
+
+Sanic.test_mode = True  # many applications in one process, with one name
+
+
+def build(application: Application) -> "Sanic[Any, Any]":
+    """Make the application."""
+    app: Sanic[Any, Any] = Sanic("contract", configure_logging=False)
+    app.config.ACCESS_LOG = False
+    options = {"should_commit": application.should_commit, "before_commit": application.before_commit}
+    if application.setup_first:
+        setup(app, *application.connects, **options)
+    for number, route in enumerate(application.routes):
+        if isinstance(route, Route):
+            app.add_route(endpoint(route.handler), route.path, list(route.methods), name=f"route{number}")
+        else:
+            app.add_websocket_route(socket_endpoint(route.handler), route.path, name=f"route{number}")
+    for kind, handler in application.error_handlers.items():
+        app.error_handler.add(kind, error_endpoint(handler))
+    for one in application.middleware:
+        if isinstance(one, Gate):
+            app.register_middleware(gate(one), "request")
+    for hook in application.on_startup:
+        app.before_server_start(listener(hook))
+    for hook in reversed(application.on_shutdown):
+        app.after_server_stop(listener(hook))
+    app.signal("http.lifecycle.exception")(drop_background_work)
+    app.signal("http.lifecycle.response")(start_background_work)
+    if not application.setup_first:
+        setup(app, *application.connects, **options)
+    return app
+
+
+async def start(app: "Sanic[Any, Any]", server: str, options: ServerOptions) -> Running:
+    """Serve it."""
+    return await (_Native.start(app) if server == "sanic" else servers.start(app, server, options))
+
+
+def asgi(app: "Sanic[Any, Any]") -> Callable[..., Awaitable[None]]:
+    """Make what can be called in the task of a test, without a server: what the framework's own ``asgi_client`` does."""
+
+    async def call(scope: Any, receive: Any, send: Any) -> None:
+        app.asgi = True
+        if not app.state.is_started:
+            await app._startup()
+            await app._server_event("init", "before")
+        await app({"raw_path": scope["path"].encode(), **scope}, receive, send)
+
+    return call
+
+
+async def start_background_work(request: Request, **_: Any) -> None:
+    """Start it as the how-to says: when the unit of the request has decided, as a unit of its own."""
+    works = getattr(request.ctx, "works", ())
+    if works:
+        request.app.add_task(run_in_new_ctx(_in_order, works))
+
+
+async def drop_background_work(request: Request, **_: Any) -> None:
+    """An answer that was not sent has none."""
+    request.ctx.works = ()
+
+
+async def _in_order(works: Any) -> None:
+    for work in works:
+        await work()
+
+
+def endpoint(handler: Handler) -> Callable[..., Any]:
+    """Make a handler; a plain function stays one, and runs in the loop."""
+    if inspect.iscoroutinefunction(handler):
+
+        async def run(request: Request, **_: Any) -> BaseHTTPResponse | None:
+            try:
+                return await respond(await handler(exchange(request)), request)
+            except Redirect as exc:
+                raise SanicException(status_code=exc.status, headers={"location": exc.location}) from None
+            except Fail as exc:
+                raise SanicException(exc.detail, status_code=exc.status) from None
+
+        return run
+
+    def run_in_the_loop(request: Request, **_: Any) -> BaseHTTPResponse:
+        result = handler(exchange(request))
+        assert isinstance(result, Answer | Redirect)
+        return plain(result)
+
+    return run_in_the_loop
+
+
+def socket_endpoint(handler: SocketHandler) -> Callable[..., Awaitable[None]]:
+    """Make a websocket handler."""
+
+    async def run(request: Request, websocket: Any) -> None:
+        await handler(_Socket(websocket))
+
+    return run
+
+
+def error_endpoint(handler: ErrorHandler) -> Callable[[Request, Exception], Awaitable[BaseHTTPResponse | None]]:
+    """Make an exception handler."""
+
+    async def run(request: Request, exc: Exception) -> BaseHTTPResponse | None:
+        return await respond(await handler(exc), request)
+
+    return run
+
+
+def gate(one: Gate) -> Callable[[Request], Awaitable[BaseHTTPResponse | None]]:
+    """Make request middleware."""
+
+    async def run(request: Request) -> BaseHTTPResponse | None:
+        answer = await one.check(exchange(request))
+        return None if answer is None else plain(answer)
+
+    return run
+
+
+def listener(hook: Callable[[], Awaitable[object]]) -> Callable[[Any], Awaitable[None]]:
+    """Make a listener."""
+
+    async def run(app: Any) -> None:
+        await hook()
+
+    return run
+
+
+def exchange(request: Request) -> Exchange:
+    """Make the scenario's view of a request."""
+
+    async def body() -> bytes:
+        await request.receive_body()
+        return bytes(request.body)
+
+    query = {name: values[0] for name, values in request.args.items()}
+    return Exchange(request.method, request.path, query, dict(request.headers), body, request)
+
+
+def plain(result: Result) -> HTTPResponse:
+    """Make a response that is no stream."""
+    if isinstance(result, Redirect):
+        return redirect(result.location, status=result.status)
+    fields = {"content-length": str(len(result.payload)), **result.fields}  # Sanic's own server adds it, others would not
+    return raw(result.payload, result.status, fields, fields.pop("content-type", "text/plain; charset=utf-8"))
+
+
+async def respond(result: Result, request: Request) -> BaseHTTPResponse | None:
+    """Make a response, or send a stream as a handler does in Sanic."""
+    request.ctx.works = getattr(result, "background", ())
+    if isinstance(result, Redirect) or result.stream is None:
+        return plain(result)
+    stream = result.stream
+    try:
+        response = await request.respond(status=result.status, headers=result.fields, content_type="text/plain")
+        await response.send("")  # the head, which would otherwise wait for the first piece
+        async for piece in stream:
+            await response.send(piece)
+    finally:
+        if (aclose := getattr(stream, "aclose", None)) is not None:
+            await aclose()
+    return None
+
+
+class _Native(Running):
+    """Sanic's own server, a worker that lives in the loop of the test."""
+
+    def __init__(self, app: "Sanic[Any, Any]", server: Any, address: Address) -> None:
+        self.address = address
+        self._app = app
+        self._server = server
+
+    @classmethod
+    async def start(cls, app: "Sanic[Any, Any]") -> Running:
+        sock = socket.create_server((LOOPBACK, 0))
+        sock.setblocking(False)
+        server = await app.create_server(
+            sock=sock, return_asyncio_server=True, access_log=False, asyncio_server_kwargs={"start_serving": False}
+        )
+        assert server is not None
+        try:
+            await server.startup()
+            await server.before_start()
+        except Exception as exc:
+            await server.close()
+            raise servers.StartupError("a listener failed") from exc
+        # As `run` does, or add_task would wait for the start.
+        app.state.server_info.append(ApplicationServerInfo({}, ServerStage.SERVING))
+        await server.start_serving()
+        await server.after_start()
+        return cls(app, server, Address(*server.server.sockets[0].getsockname()))
+
+    async def stop(self, grace: float = 30) -> None:
+        """Do what ``sanic.server.runners`` does on SIGTERM, step by step."""
+        await self._server.before_stop()
+        self._server.server.close()
+        for connection in tuple(self._server.connections):
+            connection.close_if_idle()
+        try:
+            async with asyncio.timeout(grace):
+                await until(lambda: not self._server.connections, deadline=grace)
+        except TimeoutError:
+            pass
+        for connection in tuple(self._server.connections):
+            if getattr(connection, "websocket", None):
+                connection.websocket.fail_connection(code=1001)
+            else:
+                connection.abort()
+        await self._server.after_stop()
+        self._app.state.server_info.clear()
+
+
+class _Socket:
+    def __init__(self, websocket: Any) -> None:
+        self.native = websocket
+
+    async def accept(self) -> None:
+        """Sanic has accepted before it calls the handler."""
+
+    async def receive(self) -> str:
+        try:
+            message = await self.native.recv()
+        except (ConnectionClosed, WebsocketClosed, asyncio.CancelledError):
+            raise SocketGone from None
+        if message is None:
+            raise SocketGone
+        return str(message)
+
+    async def send(self, text: str) -> None:
+        await self.native.send(text)
+
+    async def close(self) -> None:
+        await self.native.close()

@@ -1,0 +1,175 @@
+"""The unit of work of a Sanic request: opened when its route is known, decided where it responds, ended with its body."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, TypeAlias, cast
+
+from context_sqla import DBConnect
+from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, close_connects, hidden_unit, retry_after_header
+from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
+from sanic import Request, Sanic
+from sanic.http import Stage
+from sanic.response import BaseHTTPResponse, HTTPResponse, ResponseStream, text
+
+from ._body import Body
+
+Rule: TypeAlias = Callable[[int], bool]
+"""Takes the status of a response and returns whether what its request wrote is committed; the default is "below 400" (P3)."""
+
+# A handler for one of these is the application's own answer; one for every Exception is not.
+_ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
+_FIRST, _LAST = 1_000_000, -1_000_000
+
+
+def setup(
+    app: "Sanic[Any, Any]",
+    *connects: DBConnect[Any],
+    should_commit: Rule | None = None,
+    before_commit: BeforeCommitCallback | None = None,
+) -> None:
+    """Give each HTTP request of the application a unit of work, and close the connects when its server has stopped (P3, P4, P5).
+
+    The application's exception handlers answer errors of the commit (P4b). `UnavailableError` is answered 503 with
+    `Retry-After` if the application has no handler for it.
+
+    Args:
+        app: the application, not started yet.
+        connects: closed in each worker, after the application's own `after_server_stop` listeners.
+        should_commit: takes the status; replaces the rule "below 400 commits".
+        before_commit: awaited before each session's commit; refuses it by raising.
+
+    Raises:
+        SetupError: the application has started, or is set up already.
+    """
+    base = app.request_class or Request
+    if app.state.is_started:
+        raise SetupError("the application has started: call setup(app, ...) where the application is made")
+    if issubclass(base, UnitRequest):
+        raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
+    space = {
+        "__slots__": ("_answers", "_hidden", "unit"),
+        "__doc__": UnitRequest.__doc__,
+        "policy": Policy(should_commit, before_commit),
+    }
+    app.request_class = type("UnitRequest", (UnitRequest, base), space)
+    app.signal("http.routing.after", priority=_FIRST)(_routed)
+    app.signal("http.handler.after", priority=_LAST)(_handled)
+    app.signal("http.lifecycle.exception", priority=_FIRST)(_failed)
+    app.signal("http.lifecycle.response", priority=_LAST)(_responded)
+    app.listener("before_server_start")(_answer_unavailable)
+    app.listener("after_server_stop", priority=_FIRST)(partial(_close, connects))
+
+
+class UnitRequest(Request[Any, Any]):
+    """A request with a unit of work, which decides where the request responds: each head passes here."""
+
+    policy: ClassVar[Policy]
+    unit: Unit | None
+    _answers: BaseException | None  # the exception that is being answered
+    _hidden: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unit = self._hidden = self._answers = None
+
+    def enter(self) -> None:
+        """Open a unit, which ends with the task at the latest: a cancelled request is told nothing more."""
+        self.unit = Unit.enter(self.policy, self._label)
+        self.unit.close_with(cast("asyncio.Task[Any]", asyncio.current_task()))
+
+    def hide(self) -> None:
+        """Hide inherited units, for a websocket (P11)."""
+        self._hidden = hidden_unit()
+        self._hidden.__enter__()
+
+    def show(self) -> None:
+        """End what `hide` began."""
+        if self._hidden is not None:
+            self._hidden.__exit__(None, None, None)
+            self._hidden = None
+
+    async def respond(self, response: BaseHTTPResponse | None = None, **kwargs: Any) -> Any:
+        """Respond, after Sanic's own middleware, and decide about the unit by the status (P3, P4).
+
+        Raises:
+            Exception: that of the commit, for the application's exception handlers (P4b).
+        """
+        final = await super().respond(response, **kwargs)
+        if self.unit is None or not isinstance(final, BaseHTTPResponse | ResponseStream):
+            return final
+        try:
+            await self.unit.head(final.status)
+        except Exception as error:
+            self._response_middleware_started = False  # P4b: it runs for the answer to this error too
+            if self._answers is None:
+                raise
+            # The answer of an exception handler, which Sanic would send in spite of the error.
+            self.reset_response()
+            return await self.respond(self.app.error_handler.default(self, error))
+        except BaseException:
+            if self._answers is not None and response is not None:
+                response.status = 500  # the same
+            raise
+        if isinstance(final, BaseHTTPResponse) and final.stream is not None:
+            final.stream = cast("Any", Body(final.stream, final, self, self.unit))
+        return final
+
+    async def fail(self, error: BaseException) -> None:
+        """Prepare for the answer to an exception, or break off a body that has begun."""
+        self.show()
+        self._answers = error
+        unit, stream = self.unit, self.stream
+        if unit is not None and unit.phase is not Phase.HANDLER:
+            unfinished = unit.phase is Phase.STREAM
+            await unit.close(error)
+            self.unit = None
+            if stream is not None and stream.stage is not Stage.HANDLER and unfinished and stream.response is not None:
+                stream.response.stream = None  # P5: Sanic would end the body well
+        if self.unit is None and stream is not None and stream.stage is Stage.HANDLER:
+            self.enter()
+
+    async def finish(self) -> None:
+        """End the unit: the body is complete, but for its last byte."""
+        self.show()
+        if self.unit is not None:
+            if self.conn_info is not None and self.conn_info.lost:
+                self.unit.disconnected()
+            await self.unit.end_of_body()
+            await self.unit.close(self._answers)
+
+    def _label(self) -> str:
+        return f"{self.method} {self.uri_template or self.path}"
+
+
+async def _routed(request: UnitRequest, handler: Any, **_: Any) -> None:
+    if hasattr(handler, "is_websocket"):
+        request.hide()
+    else:
+        request.enter()
+
+
+async def _handled(request: UnitRequest, **_: Any) -> None:
+    request.show()
+
+
+async def _failed(request: UnitRequest, exception: BaseException, **_: Any) -> None:
+    await request.fail(exception)
+
+
+async def _responded(request: UnitRequest, **_: Any) -> None:
+    await request.finish()
+
+
+async def _answer_unavailable(app: "Sanic[Any, Any]") -> None:
+    if not any((cls, None) in app.error_handler.cached_handlers for cls in _ANSWERED):
+        app.error_handler.add(UnavailableError, _unavailable)
+
+
+async def _unavailable(request: Request[Any, Any], exc: UnavailableError) -> HTTPResponse:
+    """Answer 503 with `Retry-After`: the default handler of `UnavailableError`."""
+    return text("Service Unavailable", 503, {"retry-after": retry_after_header(exc)})
+
+
+async def _close(connects: tuple[DBConnect[Any], ...], app: "Sanic[Any, Any]") -> None:
+    await close_connects(*connects)
