@@ -225,7 +225,7 @@ class Between:
         await self.app(scope, receive, send)
 
 
-def between(write):
+def between_aiohttp(write):
     """The same for aiohttp."""
     from aiohttp import web
 
@@ -243,7 +243,7 @@ def _wrapped(framework, handler, write):
         from context_sqla_aiohttp import db_session_middleware
 
         app = framework.driver().build(Application([Route("/", handler)], setup_first=True))
-        app.middlewares.insert(0, between(write))
+        app.middlewares.insert(0, between_aiohttp(write))
         app.middlewares.insert(0, db_session_middleware)
         return app
     from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
@@ -259,7 +259,7 @@ def _own_class(framework, handler, write):
 
         from contract.drivers.aiohttp import endpoint as aiohttp_endpoint
 
-        app = web.Application(middlewares=[db_session_middleware, between(write), DBSessionMiddleware()])
+        app = web.Application(middlewares=[db_session_middleware, between_aiohttp(write), DBSessionMiddleware()])
         app.router.add_post("/", aiohttp_endpoint(handler))
         return app
     if framework.module == "asgi":
@@ -306,7 +306,7 @@ def _mounted(framework, handler, write):
         from aiohttp import web
         from context_sqla_aiohttp import setup
 
-        outer = web.Application(middlewares=[between(write)])
+        outer = web.Application(middlewares=[between_aiohttp(write)])
         setup(outer)
         outer.add_domain("localhost", framework.driver().build(Application([Route("/", handler)])))
         return outer
