@@ -6,6 +6,8 @@ sessions of one framework. Each session has its own environment, with the versio
 
 import contextlib
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -36,10 +38,11 @@ FRAMEWORKS = {
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
     "litestar": ["context-sqla", "context-sqla-asgi", "context-sqla-litestar"],
     "quart": ["context-sqla", "context-sqla-asgi", "context-sqla-quart"],
-    "aiohttp": ["context-sqla", "context-sqla-aiohttp", "context-sqla-sanic"],
-    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],  # the suite itself needs asgi
+    "aiohttp": ["context-sqla", "context-sqla-asgi", "context-sqla-aiohttp"],  # the suite itself needs asgi
+    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],
 }
 PACKAGING = "integration-tests/packaging"
+RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
 
 each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[name]) for name in FRAMEWORKS])
@@ -56,13 +59,15 @@ with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or som
 @nox.session(python=False)
 def tests(session: nox.Session) -> None:
     """Run everything that a change must pass: the newcomer's command, and CI's."""
-    for name in ("lint", "types", "boundaries", "build"):
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    for name in ("lint", "types", "boundaries", "support", "build"):
         session.notify(name)
     for python in PYTHONS:
         session.notify(f"unit-{python}")
     session.notify("examples")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
+    session.notify("results")
 
 
 @nox.session(tags=["ci"])
@@ -96,6 +101,16 @@ def boundaries(session: nox.Session) -> None:
 
 
 @nox.session(tags=["ci"])
+def support(session: nox.Session) -> None:
+    """Test the suite's own parts, and that the tables of support in README and docs are up to date; `-- --write` writes them."""
+    install(session, "test", "servers", packages=["context-sqla"])
+    if session.posargs == ["--write"]:
+        session.run("python", "-m", "support.pages", "--write", env={"PYTHONPATH": "integration-tests"})
+    else:
+        session.run("pytest", "integration-tests/support/tests", *session.posargs)
+
+
+@nox.session(tags=["ci"])
 def build(session: nox.Session) -> None:
     """Build wheels and sdists into dist/, and check what is in them and that each installs alone."""
     install(session, "test", "boundaries")
@@ -117,7 +132,7 @@ def sqlalchemy_2_0(session: nox.Session) -> None:
     install(session, "test", "servers", packages=FRAMEWORKS["starlette"])
     session.install("sqlalchemy[asyncio]==2.0.55")
     session.run("pytest", "packages/context-sqla/tests", *session.posargs)
-    session.run("pytest", "integration-tests/contract", "--framework=starlette", "--numprocesses=auto", *session.posargs)
+    run_contract(session, "starlette", "sqlalchemy-2.0")
 
 
 @nox.session(tags=["ci"])
@@ -132,7 +147,7 @@ def examples(session: nox.Session) -> None:
 def contract(session: nox.Session, framework: str) -> None:
     """Run every promise on one framework, whose adapter is alone with its declared dependencies."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", *session.posargs)
+    run_contract(session, framework, "newest")
 
 
 @nox.session(name="contract-full", tags=["nightly"])
@@ -140,9 +155,7 @@ def contract(session: nox.Session, framework: str) -> None:
 def contract_full(session: nox.Session, framework: str) -> None:
     """Run every promise on every server and every database, not only pairwise."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
-    session.run(
-        "pytest", "integration-tests/contract", f"--framework={framework}", "--full", "--numprocesses=auto", *session.posargs
-    )
+    run_contract(session, framework, "full", "--full")
 
 
 @nox.session(tags=["nightly"])
@@ -153,7 +166,14 @@ def lowest(session: nox.Session, framework: str) -> None:
         session.skip("only uv resolves to the lowest versions")
     install(session, "test", "servers", packages=FRAMEWORKS[framework], lowest=True)
     old = "-Wdefault::DeprecationWarning"  # old frameworks use what newer Pythons and pydantics deprecate
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", old, *session.posargs)
+    run_contract(session, framework, "lowest", old)
+
+
+@nox.session(python=False)
+def results(session: nox.Session) -> None:
+    """Join what the contract sessions have seen: framework, server and driver by promise; `-- FILE...` names other files."""
+    files = session.posargs or sorted(map(str, RESULTS.glob("*.json")))
+    session.run(sys.executable, "integration-tests/support/results.py", *files, external=True)
 
 
 @nox.session(tags=["ci"])
@@ -173,6 +193,13 @@ def demo(session: nox.Session) -> None:
     """Start the demo application; `nox -s demo -- --check` makes the requests itself and ends."""
     install(session, "demo", packages=FRAMEWORKS["fastapi"])
     session.run("python", "examples/fastapi/app.py", *session.posargs)
+
+
+def run_contract(session: nox.Session, framework: str, kind: str, *options: str) -> None:
+    """Run the contract on one framework, and keep what was seen unless only a part of it was asked for."""
+    keep = [] if session.posargs else ["--support-table", f"--support-results={RESULTS / f'{framework}-{kind}.json'}"]
+    chosen = [f"--framework={framework}", "--numprocesses=auto", *options, *keep, *session.posargs]
+    session.run("pytest", "integration-tests/contract", *chosen)
 
 
 def install(session: nox.Session, *groups: str, packages: list[str] | None = None, lowest: bool = False) -> None:
