@@ -58,6 +58,8 @@ class Result:
 
     def version(self, name: str) -> str:
         """Return a name with its version: "quart 0.23.1"; the servers that a framework brings have the framework's."""
+        if not name:
+            return "none"  # a test that serves nothing
         known = self.versions.get(name) or self.versions.get(name.partition("-")[0])
         return f"{name} {known}" if known else name
 
@@ -151,7 +153,8 @@ def complaints(results: Sequence[Result]) -> list[str]:
         bad: Counter[str] = Counter()
         for count in result.counts:
             framework = f"{result.version(count['framework'])} (Python {result.versions['python']})"
-            numbers[framework] += sum(count[outcome] for outcome in OUTCOMES)
+            if count["framework"]:
+                numbers[framework] += sum(count[outcome] for outcome in OUTCOMES)
             bad[framework] += count["failed"] + count["skipped"]
         totals[result.full].update(numbers)
         found += [f"{framework}: {number} tests did not pass" for framework, number in bad.items() if number]

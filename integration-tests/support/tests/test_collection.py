@@ -26,9 +26,7 @@ def test_the_same_tests_are_collected_for_every_framework():
     collected = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     tests = {name: set() for name in FRAMEWORKS}
     for line in collected.splitlines():
-        if "::" in line:
-            stack = IN_AN_ID.search(line)
-            assert stack, f"{line}: no stack"
+        if stack := IN_AN_ID.search(line):  # a test without a framework is in every framework's run
             name, place = STACKS[stack[1]]
             tests[name].add(f"{line[: stack.start()]}{place}{line[stack.end() :]}")
     first, *others = tests

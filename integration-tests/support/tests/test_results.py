@@ -84,7 +84,7 @@ def test_a_server_that_its_framework_brings_has_the_frameworks_version():
 
 def test_runs_of_the_same_kind_have_the_same_number_of_tests():
     """A framework on which fewer tests ran is no proof; a full run has more than others, of all frameworks."""
-    assert complaints([run(passed=7), run("sanic", passed=7), run(full=True, passed=20)]) == []
+    assert complaints([run(passed=7), run("sanic", passed=7), run("", passed=3), run(full=True, passed=20)]) == []
     assert complaints([run(passed=7), run("sanic", passed=6)]) == [
         "the frameworks did not run the same number of tests: quart 0.23.1 (Python 3.12.1) 7, sanic 0.23.1 (Python 3.12.1) 6"
     ]
