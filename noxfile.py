@@ -4,6 +4,7 @@
 sessions of one framework. Each session has its own environment, with the versions of `uv.lock` where uv is installed beside nox.
 """
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -103,7 +104,7 @@ def boundaries(session: nox.Session) -> None:
 @nox.session(tags=["ci"])
 def support(session: nox.Session) -> None:
     """Test the suite's own parts, and that the tables of support in README and docs are up to date; `-- --write` writes them."""
-    install(session, "test", "servers", packages=["context-sqla"])
+    install(session, "test", "servers", packages=FRAMEWORKS["asgi"])
     if session.posargs == ["--write"]:
         session.run("python", "-m", "support.pages", "--write", env={"PYTHONPATH": "integration-tests"})
     else:
@@ -190,9 +191,12 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Start the demo application; `nox -s demo -- --check` makes the requests itself and ends."""
-    install(session, "demo", packages=FRAMEWORKS["fastapi"])
-    session.run("python", "examples/fastapi/app.py", *session.posargs)
+    """Start an example; `-- --framework NAME` chooses which, `-- --check` makes the requests itself and ends."""
+    parser = argparse.ArgumentParser(prog="nox -s demo --", add_help=False)
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="fastapi")
+    chosen, others = parser.parse_known_args(session.posargs)
+    install(session, "demo", packages=FRAMEWORKS[chosen.framework])
+    session.run("python", f"examples/{chosen.framework}/app.py", *others)
 
 
 def run_contract(session: nox.Session, framework: str, kind: str, *options: str) -> None:

@@ -113,9 +113,9 @@ def test_a_run_writes_what_its_workers_saw(tmp_path):
     chosen = ["integration-tests/contract/test_p03_policy.py", "--numprocesses=1", f"--support-results={file}", "--support-table"]
     chosen += ["--framework=asgi", "--database=aiosqlite", "-k", "test_returned_redirect_commits"]
     ended = subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=root, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     (count,) = json.loads(file.read_text(encoding="utf-8"))["counts"]
 
-    assert ended.returncode == 0, ended.stdout
     assert table([Result.read(file)]).splitlines()[-1] in ended.stdout
     assert (count["framework"], count["server"], count["database"]) == ("asgi", "uvicorn", "aiosqlite")
     assert (count["promise"], count["passed"]) == ("P3", 1)
