@@ -6,6 +6,7 @@ between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
 import argparse
 import difflib
+import functools
 import re
 import sys
 import tomllib
@@ -181,9 +182,13 @@ def _declared(ranges: str) -> tuple[str, str]:
 
 def _locked(distribution: str) -> list[str]:
     """The versions in uv.lock, which are those that each run tests: several, where the newest needs a newer Python."""
-    packages = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
-    found = [package["version"] for package in packages if package["name"] == distribution]
+    found = [version for name, version in _lock((ROOT / "uv.lock").read_text(encoding="utf-8")) if name == distribution]
     return sorted(found, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
+
+
+@functools.lru_cache(maxsize=1)
+def _lock(text: str) -> list[tuple[str, str]]:
+    return [(package["name"], package["version"]) for package in tomllib.loads(text)["package"]]
 
 
 def _range(name: str) -> str:
