@@ -1,10 +1,19 @@
 """aiohttp's own test client."""
 
+import asyncio
 import contextlib
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+
+
+@pytest.fixture(name="ledger")
+async def _ledger(ledger):
+    yield ledger
+    async with asyncio.timeout(10):  # a unit may end in a task of its own, after its request
+        while ledger.db.pool_status().checked_out:
+            await asyncio.sleep(0)
 
 
 @pytest.fixture(name="client_of")
