@@ -172,7 +172,7 @@ def lowest(session: nox.Session, framework: str) -> None:
 
 @nox.session(python=False)
 def results(session: nox.Session) -> None:
-    """Join what the contract sessions have seen: framework, server and driver by promise; `-- FILE...` names other files."""
+    """Join what the contract sessions have seen: framework, server and driver by promise; `-- [--by-server] FILE...` names files."""
     files = session.posargs or sorted(map(str, RESULTS.glob("*.json")))
     session.run(sys.executable, "integration-tests/support/results.py", *files, external=True)
 

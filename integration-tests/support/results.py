@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,20 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+def by_server(result: Result) -> Result:
+    """Return the run with all drivers of a server together."""
+    together: dict[tuple[str, str, str], Counter[str]] = {}
+    for count in result.counts:
+        place = together.setdefault((count["promise"], count["framework"], count["server"]), Counter())
+        place.update({outcome: count[outcome] for outcome in OUTCOMES})
+    counts = [
+        {"promise": promise, "framework": framework, "server": server, "database": "all"}
+        | {outcome: number[outcome] for outcome in OUTCOMES}
+        for (promise, framework, server), number in together.items()
+    ]
+    return replace(result, counts=counts)
+
+
 def table(results: Sequence[Result]) -> str:
     """Return one Markdown table: a row for each framework, server and driver of each run, a column for each promise."""
     promises = sorted({count["promise"] for result in results for count in result.counts}, key=_in_order)
@@ -169,8 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of the runs, and what is wrong with them; the exit status says whether anything is."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="what --support-results has written")
-    results = [Result.read(path) for path in parser.parse_args(arguments).files]
-    print(table(results))
+    parser.add_argument("--by-server", action="store_true", help="one row for all drivers of a server")
+    options = parser.parse_args(arguments)
+    results = [Result.read(path) for path in options.files]
+    print(table(list(map(by_server, results)) if options.by_server else results))
     found = complaints(results)
     for complaint in found:
         print(complaint, file=sys.stderr)

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import results
-from support.results import Recorder, Result, complaints, promise_of, table
+from support.results import Recorder, Result, by_server, complaints, promise_of, table
 
 ASKED = ("P3", "quart", "hypercorn", "asyncpg")
 
@@ -72,6 +73,18 @@ def test_the_table_has_the_versions_and_what_did_not_pass():
     assert "uvicorn 0.54.0" in newest
     assert [one.strip() for one in newest.split("|")[6:9]] == ["7", "0", "7"]
     assert [one.strip() for one in lowest.split("|")[6:9]] == ["5", "2", "5/7"]
+
+
+def test_drivers_can_be_put_together():
+    """Of a server there is one row, with all that ran on it."""
+    counts = [{**run(passed=7).counts[0], "database": driver} for driver in ("asyncpg", "psycopg")]
+    other = {**counts[0], "server": "hypercorn", "failed": 1}
+    together = by_server(replace(run(), counts=[*counts, other]))
+
+    assert [(count["server"], count["database"], count["passed"], count["failed"]) for count in together.counts] == [
+        ("uvicorn", "all", 14, 0),
+        ("hypercorn", "all", 7, 1),
+    ]
 
 
 def test_a_server_that_its_framework_brings_has_the_frameworks_version():
