@@ -172,9 +172,10 @@ def lowest(session: nox.Session, framework: str) -> None:
 
 @nox.session(python=False)
 def results(session: nox.Session) -> None:
-    """Join what the contract sessions have seen: framework, server and driver by promise; `-- [--by-server] FILE...` names files."""
-    files = session.posargs or sorted(map(str, RESULTS.glob("*.json")))
-    session.run(sys.executable, "integration-tests/support/results.py", *files, external=True)
+    """Join what the contract sessions have seen, or `-- FILE...`, into one table; `-- --by-server` puts the drivers together."""
+    named = any(one.endswith(".json") for one in session.posargs)
+    files = [] if named else sorted(map(str, RESULTS.glob("*.json")))
+    session.run(sys.executable, "integration-tests/support/results.py", *session.posargs, *files, external=True)
 
 
 @nox.session(tags=["ci"])
