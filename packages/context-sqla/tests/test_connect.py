@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import sqlite3
+import threading
 
 import context_sqla
 import pytest
@@ -21,6 +23,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 from support.databases import no_tasks_left
+from support.deadline import until
 
 POSTGRES = "postgresql+asyncpg://app:secret@db1:5433/shop"
 
@@ -446,6 +449,37 @@ def test_adopted_engine_in_two_runs(url):
     connect = DBConnect.from_sessionmaker(async_sessionmaker(create_async_engine(url)))
 
     assert [asyncio.run(_select(connect)) for _ in range(2)] == [1, 1]
+
+
+def test_file_that_was_being_opened_at_the_close_is_waited_for(url, monkeypatch):
+    """A thread that still opens a file for a task that was cancelled reports to its loop before that ends (P15)."""
+    opening, go_on = threading.Event(), threading.Event()
+    join = threading.Thread.join
+
+    class Slow(sqlite3.Connection):
+        def __init__(self, *args, **kwargs):
+            opening.set()
+            go_on.wait(10)
+            raise sqlite3.OperationalError("unable to open database file")
+
+    def join_and_go_on(thread, timeout=None):
+        go_on.set()
+        join(thread, timeout)
+
+    async def run():
+        connect = DBConnect.from_url(url, engine_options={"connect_args": {"factory": Slow}})
+        task = asyncio.create_task(_select(connect))
+        await until(opening.is_set)
+        task.cancel()
+        await asyncio.wait((task,))
+        await connect.close()
+
+    monkeypatch.setattr(threading.Thread, "join", join_and_go_on)
+    asyncio.run(run())
+    awaited = go_on.is_set()
+    go_on.set()
+
+    assert awaited
 
 
 # The handler

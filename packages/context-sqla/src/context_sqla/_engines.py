@@ -116,6 +116,10 @@ class Watch:
             (_drivers.cut if key in self.open else _drivers.discard)(dbapi.driver_connection)
         return len(everything) + len(self.dialling)
 
+    def is_alive(self) -> bool:
+        """Return whether a connection is open or being opened, or one of their threads has something to report."""
+        return bool(self.open or self.dialling) or any(thread.is_alive() for thread in self._threads)
+
     def end(self) -> None:
         """End what is still open while its event loop still runs, threads included: they report to the loop."""
         for driver in self._drivers():

@@ -255,7 +255,7 @@ class Slot:
     def refuse(self, message: str) -> None:
         """Let the session take nothing any more, and forget this slot (a cycle would keep both from being freed)."""
         self.ended = message
-        refusal = Refusal(message, self.session)
+        refusal = Refusal(message, self.session, self.connect.cleanup_timeout)
         self.sync.info[KEY] = refusal
         self.sync.get_bind = refusal.get_bind  # type: ignore[method-assign]
 
