@@ -329,7 +329,7 @@ class UnitMachine:
             self.unit.disconnected()
 
         self.run(leave())
-        if before is Phase.STREAM:
+        if before is Phase.STREAM and self.broken is None:  # a body that failed to commit is rolled back already
             self._given_up()
             self.left = True
             assert self.unit.phase is Phase.BACKGROUND

@@ -40,6 +40,8 @@ class Member:
         limit = asyncio.get_running_loop().call_later(timeout, self.watch.cut_all)
         try:
             await self.engine.dispose()
+            if self.watch.late:  # a thread cannot be cancelled: what it opens would stay open if the loop ended now
+                await asyncio.wait(tuple(self.watch.late), timeout=timeout)
         finally:
             limit.cancel()
 
