@@ -12,6 +12,7 @@ from context_sqla import (
     db_context,
     db_session,
     on_commit,
+    rollback_db_session,
 )
 from context_sqla.adapters import Unit
 from context_sqla.errors import ContextClosedError
@@ -211,6 +212,35 @@ async def test_late_connection_whose_reset_hangs_is_given_up(tmp_path):
     await own.close()
 
     assert len(resets) == 1
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["opens", "fails"])
+async def test_statement_whose_connection_opens_after_the_rollback_is_refused(db, tmp_path, opens):
+    """What was asked for before a decision to roll back is not done after it; the session itself goes on (P3, P7a)."""
+    opening, go_on = asyncio.Event(), asyncio.Event()
+
+    async def open_late():
+        opening.set()
+        await go_on.wait()
+        if not opens and child in asyncio.all_tasks():
+            raise OSError("unable to open database file")
+        return await aiosqlite.connect(tmp_path / "app.db")
+
+    def create(host):
+        return create_async_engine("sqlite+aiosqlite://", async_creator=open_late, poolclass=AsyncAdaptedQueuePool)
+
+    own = DBConnect(create, async_sessionmaker, "local", name="own", cleanup_timeout=0.5)
+    async with db_context():
+        child = asyncio.create_task(insert(own, "early"))
+        await opening.wait()
+        await rollback_db_session(own)
+        go_on.set()
+        with pytest.raises(ContextClosedError if opens else OSError):
+            await child
+        await insert(own, "late")
+    await own.close()
+
+    assert await names(db) == ["late"]
 
 
 async def _after(event, work):
