@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, select
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -13,6 +12,7 @@ from sqlalchemy.util import await_only
 from ._callbacks import Callback, Callbacks
 from ._connect import DBConnect
 from ._context import TIMERS
+from ._drivers import leaves_doubt
 from ._engines import KEY
 from ._lines import Lines, Prepared
 from ._policy import BeforeCommitCallback, Policy
@@ -188,7 +188,7 @@ class Slot:
         try:
             await self.session.commit()
         except BaseException as exc:
-            if self.lines.are_committing() and _is_unknown(exc):
+            if self.lines.are_committing() and leaves_doubt(exc):
                 _outcome_of(exc).in_doubt = True
                 exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
             raise
@@ -271,7 +271,6 @@ class Slot:
 
     def forget(self) -> None:
         """Take the session out of what `DBConnect.close()` waits for."""
-        self.disarm()
         self._release()
         self.connect._left(self)
         if self.place is not None:
@@ -331,6 +330,7 @@ class Slot:
         logger.warning("%r: %s holds a connection for more than %g s", self.connect, where(), seconds)
 
     def _release(self) -> None:
+        self.disarm()
         self.lines.clear()
         if self._held is not None:
             self._held.cancel()
@@ -399,7 +399,6 @@ class Slot:
         """Note that the transaction is over, one way or the other, and its connection is back."""
         self.hooked = self.kept = False
         self._late = None
-        self.disarm()
         self._release()
         if not self._committed:
             self._callbacks.take()
@@ -407,13 +406,3 @@ class Slot:
             await_only(settle(self.run_due))
         elif not self.deferring:
             self._committed = False
-
-
-def _is_unknown(exc: BaseException) -> bool:
-    """Return whether this error leaves open what became of a COMMIT that had been sent."""
-    if not isinstance(exc, DBAPIError):
-        return True
-    state = getattr(exc.orig, "sqlstate", None) or getattr(exc.orig, "pgcode", None)
-    if isinstance(state, str):
-        return state.startswith(("08", "57P")) or state == "40003"
-    return exc.connection_invalidated
