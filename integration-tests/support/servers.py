@@ -9,6 +9,7 @@ import contextlib
 import logging
 import socket
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -206,23 +207,40 @@ class _Granian(_Task):
         from granian.constants import HTTPModes, Interfaces
         from granian.server.embed import Server
 
+        requests: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+
+        async def noted(scope: Message, receive: Any, send: Any) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            requests.add(task)
+            await app(scope, receive, send)
+
         # Reserved as long as nobody listens: granian binds the port again, with SO_REUSEPORT.
         with _bound() as sock:
             address = Address(*sock.getsockname())
             server = Server(
-                app, address=address.host, port=address.port, interface=Interfaces.ASGI, http=HTTPModes.http1, log_enabled=False
+                noted, address=address.host, port=address.port, interface=Interfaces.ASGI, http=HTTPModes.http1, log_enabled=False
             )
             running = cls(address, asyncio.create_task(server.serve(), name="granian"))
             running._server = server
+            running._requests = requests
             await running._listening(lambda: _accepts(address))
         return running
 
     _server: Any
+    _requests: "weakref.WeakSet[asyncio.Task[Any]]"
 
     async def stop(self, grace: float = 30) -> None:
         self._server.stop()
         # Past the limit granian kills its worker process; what comes nearest in one process is to cancel the requests.
         await self._ended(grace, requests="_future_watcher_wrapper.<locals>.future_watcher")
+        # granian 2.8 may never say "http.disconnect" to who asks for it when the answer of a declared length is out already, as
+        # Litestar's streams do. Such a task ends with the worker's process: it is granian's, and nothing that was left behind.
+        if late := {task for task in self._requests if not task.done()}:
+            _, late = await asyncio.wait(late, timeout=1)
+        for task in late:
+            if type(getattr(task, "_fut_waiter", None)).__module__.startswith("granian"):
+                task.cancel()
 
 
 def _bound() -> socket.socket:

@@ -135,7 +135,7 @@ class CommitPoint:
             if wire.failed is not None or wire.unit.phase is Phase.STREAM:
                 outer.failed = error  # P5: no middleware further out may end this body well
             elif wire.head is not None:
-                outer.late = error  # P6: nor take what failed afterwards for done
+                wire.late = error  # P6: nor take what failed afterwards for done
             raise
         finally:
-            scope[SCOPE_KEY] = outer
+            scope[SCOPE_KEY], outer.late = outer, wire.late or outer.late

@@ -52,8 +52,7 @@ class Wire:
         self.failed: Exception | None = None
         self.late: Exception | None = None
         self.body_read: bool = False
-        self._receive = receive
-        self._send = send
+        self._receive, self._send = receive, send
         self._left: float | None = None  # of the Content-Length, once it was asked for
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
