@@ -262,9 +262,9 @@ def _own_class(framework, handler, write):
         app = web.Application(middlewares=[db_session_middleware, between_aiohttp(write), DBSessionMiddleware()])
         app.router.add_post("/", aiohttp_endpoint(handler))
         return app
-    if framework.module == "asgi":
-        from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+    from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
 
+    if framework.module == "asgi":
         plain = framework.driver().build(Application([Route("/", handler)])).app
         return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(plain), write))
     if framework.module == "litestar":  # which has no class of its own: its middleware is ASGI middleware
