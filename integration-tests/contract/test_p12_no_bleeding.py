@@ -197,13 +197,19 @@ async def call_asgi(app, method, target) -> int:
     }
     statuses = []
     messages = [{"type": "http.request", "body": b"", "more_body": False}]
+    complete = asyncio.Event()
 
     async def receive():
-        return messages.pop() if messages else {"type": "http.disconnect"}
+        if messages:
+            return messages.pop()
+        await complete.wait()  # or it would be a client that leaves before it has its answer
+        return {"type": "http.disconnect"}
 
     async def send(message):
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            complete.set()
 
     await app(scope, receive, send)
     return statuses[0]

@@ -82,20 +82,16 @@ def _messages_of(ledger: Ledger):
     async def messages_of(app, path: str = "/", *, kind: str = "http", log: list[str] | None = None, **scope) -> list[str]:
         log = [] if log is None else log
         received = [{"type": f"{kind}.{'connect' if kind == 'websocket' else 'request'}"}]
-        complete = asyncio.Event()
 
         async def receive():
-            if received:
-                return received.pop()
-            await complete.wait()  # as servers do; since 0.23 Quart waits for it
-            return {"type": "http.disconnect"}
+            if not received:
+                await asyncio.Event().wait()
+            return received.pop()
 
         async def send(message):
             what = message.get("status", message.get("body", message.get("text", b"")))
             text = what.decode() if isinstance(what, bytes) else str(what)
             log.append(f"{message['type'].split('.')[-1]} {text}{'+' if message.get('more_body') else ''} [{ledger.names()}]")
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                complete.set()
 
         scope = {"type": kind, "method": "GET", "path": path, "headers": [], "query_string": b"", "root_path": ""} | scope
         await app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send)
