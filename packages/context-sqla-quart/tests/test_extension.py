@@ -392,6 +392,31 @@ async def test_background_task_is_a_unit_of_its_own(app, ledger, client_of):
     assert ledger.names() == "one one view view"
 
 
+async def test_background_tasks_of_one_request_are_one_unit(app, ledger, client_of):
+    """They run in their order and commit together; one that fails ends them all. The view that raised started them (P6)."""
+
+    async def work(name):
+        await ledger.write(name)
+        if name == "bad":
+            raise ZeroDivisionError
+
+    @app.post("/later")
+    async def later():
+        await ledger.write("view")
+        for name in request.args.getlist("job"):
+            app.add_background_task(work, name)
+        raise ZeroDivisionError
+
+    client = await client_of(app)
+    committed = []
+    for query in ("?job=a&job=b", "?job=c&job=bad&job=d"):
+        await client.post("/later" + query)
+        await asyncio.gather(*app.background_tasks)
+        committed.append(ledger.names())
+
+    assert committed == ["a b", "a b"]
+
+
 async def test_background_task_of_a_failed_commit_never_runs(app, ledger, client_of):
     """What the view started is dropped with what it wrote; what the error handler starts runs (P6)."""
     ran = []
