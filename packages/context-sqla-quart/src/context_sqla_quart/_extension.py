@@ -152,12 +152,12 @@ class _Whole(ASGIHTTPConnection):
             await asyncio.gather(*self._tasks, return_exceptions=True)
             raise
 
-    async def handle_messages(self, *args: Any) -> None:
+    async def handle_messages(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._tasks.add(asyncio.current_task())
         if not self._answered:
             await super().handle_messages(*args)
 
-    async def handle_request(self, *args: Any) -> None:
+    async def handle_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._tasks.add(asyncio.current_task())
         try:
             await super().handle_request(*args)
