@@ -91,7 +91,7 @@ class ContextSQLA:
     def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
         options: Any = {"should_commit": self._should_commit, "before_commit": self._before_commit}
         whole = setup_asgi(app.asgi_app, *self._connects, *connects, **options)
-        app.asgi_app = _Around(app, whole)
+        app.asgi_app = _around(app, whole)
         app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
         app.finalize_request = _deciding(app)
         app.add_background_task = _afterwards(app)
@@ -112,59 +112,62 @@ class _Afterwards:
             await run_in_new_ctx(_run_all, jobs)
 
 
-class _Around:
-    """Stand around the application and its unit."""
+def _around(app: Quart, whole: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Return what stands around the application and its unit."""
+    handlers = app.error_handler_spec[None][None]
 
-    def __init__(self, app: Quart, whole: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
-        self._whole = whole
-        self._started = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if not self._started:
-            self._started = True
-            _answer_unavailable(self._app)
+    async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
+        if not any(cls in handlers for cls in _ANSWERED):  # late, for the application may add its own after setup
+            handlers[UnavailableError] = _unavailable
         if scope["type"] != "http" or _AFTERWARDS in scope:
-            await self._whole(scope, receive, send)
+            await whole(scope, receive, send)
             return
         afterwards = scope[_AFTERWARDS] = _Afterwards()
         try:
-            await self._whole(scope, receive, send)
+            await whole(scope, receive, send)
         finally:
             afterwards.over.set()
 
+    return asgi_app
+
 
 class _Whole(ASGIHTTPConnection):
-    """The connection of one request, whose tasks end with it.
+    """The connection of one request, whose two tasks end together.
 
-    Until Quart 0.23 a handler goes on alone when a server that shuts down cancels its request.
+    Until Quart 0.23 a view goes on alone when a server that shuts down cancels its request. Since then a request whose response
+    was given up before its end lasts until the client leaves, and its unit would keep its connections as long.
     """
+
+    _answered = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._tasks: set[asyncio.Task[Any] | None] = set()
+        self._tasks: set[Any] = set()
 
     async def __call__(self, receive: Any, send: Any) -> None:
         try:
             await super().__call__(receive, send)
         except asyncio.CancelledError:
-            tasks = [task for task in self._tasks if task is not None and task.cancel()]
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._end()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             raise
 
-    async def handle_messages(self, *args: Any) -> None:
+    async def handle_messages(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._tasks.add(asyncio.current_task())
-        await super().handle_messages(*args)
+        if not self._answered:
+            await super().handle_messages(*args)
 
-    async def handle_request(self, *args: Any) -> None:
+    async def handle_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._tasks.add(asyncio.current_task())
-        await super().handle_request(*args)
+        try:
+            await super().handle_request(*args)
+        finally:
+            self._answered = True
+            self._end()
 
-
-def _answer_unavailable(app: Quart) -> None:
-    handlers = app.error_handler_spec[None][None]
-    if not any(cls in handlers for cls in _ANSWERED):
-        handlers[UnavailableError] = _unavailable
+    def _end(self) -> None:
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
 
 
 async def _unavailable(error: UnavailableError) -> tuple[str, int, dict[str, str]]:
