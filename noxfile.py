@@ -36,7 +36,7 @@ FRAMEWORKS = {
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
     "litestar": ["context-sqla", "context-sqla-asgi", "context-sqla-litestar"],
     "quart": ["context-sqla", "context-sqla-asgi", "context-sqla-quart"],
-    "aiohttp": ["context-sqla", "context-sqla-aiohttp", "context-sqla-sanic"],
+    "aiohttp": ["context-sqla", "context-sqla-aiohttp"],
     "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],  # the suite itself needs asgi
 }
 PACKAGING = "integration-tests/packaging"
