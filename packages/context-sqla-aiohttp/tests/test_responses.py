@@ -264,7 +264,8 @@ async def test_compressed_body_that_fails_is_broken_off(ledger, client_of, own):
 
 async def test_signal_writes(ledger, client_of):
     """`on_response_prepare` comes before the head of an own stream, and is its unit's; for a response that was returned the
-    decision has been made, and what the signal writes is the body's (P4, P5)."""
+    decision has been made, and what the signal writes is the body's (P4, P5).
+    """
     seen = []
 
     async def signal(request, response):
@@ -477,7 +478,8 @@ async def test_upgrade_header_alone_makes_no_websocket(ledger, client_of):
 
 async def test_bare_middleware_in_a_task_of_its_own(ledger, client_of):
     """Middleware further out that runs the rest in a task ends the unit with it: what was decided stands, a body that comes
-    later has none (P10)."""
+    later has none (P10).
+    """
     seen = []
 
     @web.middleware
