@@ -313,9 +313,9 @@ async def test_websocket_sees_no_unit_of_the_servers_start(ledger, client_of):
     app.router.add_get("/task", handler)
     async with db_context():
         client = await client_of(app)
-    for path in ("/", "/task"):
-        async with client.ws_connect(path) as socket:
-            await socket.receive()
+        for path in ("/", "/task"):
+            async with client.ws_connect(path) as socket:
+                await socket.receive()
 
     assert seen == [False]
 
