@@ -13,8 +13,6 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-import uvicorn
-
 HOST = "127.0.0.1"
 
 
@@ -37,7 +35,11 @@ def main(app: Any) -> None:
 
 
 def _server(app: Any) -> Any:
-    return app if isinstance(app, AiohttpServer) else uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    if isinstance(app, AiohttpServer):
+        return app
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning"))
 
 
 class AiohttpServer:

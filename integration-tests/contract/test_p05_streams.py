@@ -1001,22 +1001,22 @@ async def test_kept_transaction_keeps_only_its_connect(serve, db, other, ledger,
 
 
 @pytest.mark.wire
-async def test_kept_transaction_is_rolled_back_when_the_client_leaves(serve, db, bench, ledger):
+async def test_kept_transaction_is_rolled_back_when_the_client_leaves(serve, db, bench, ledger, framework):
     """A kept transaction goes back as a whole, the handler's part too, when the client leaves mid-stream (P5)."""
     ended = asyncio.Event()
 
-    async def body():
+    async def body(request):
         try:
             await insert(db, "body")
             yield b"first"
-            await asyncio.Event().wait()
+            await _client_has_left(request, framework)
         finally:
             ended.set()
 
     async def handler(request):
         await keep_transaction(db)
         await insert(db, "handler")
-        return Answer(200, stream=body())
+        return Answer(200, stream=body(request))
 
     service = await serve(handler)
     async with service.connect() as connection:
@@ -1453,9 +1453,9 @@ KINDS = pytest.mark.parametrize("kind", ["events", "lines", "raw"])
 
 @contextlib.asynccontextmanager
 async def _generator_endpoint(
-    kind: str, serve: Any, db: Any, generate: Any, framework: Any, stack: Any
+    kind: str, serve: Any, db: Any, generate: Any, framework: Any, stack: Any, requests: list[Any] | None = None
 ) -> AsyncIterator[Service]:
-    """Serve an endpoint that writes "handler" and then streams what ``generate()`` yields.
+    """Serve an endpoint that writes "handler" and then streams what ``generate()`` yields; append its requests to ``requests``.
 
     In FastAPI the generator is the endpoint itself and a dependency writes; elsewhere it is the body of a response.
     """
@@ -1470,6 +1470,8 @@ async def _generator_endpoint(
             yield f"data: {piece}\n\n".encode()
 
     async def handler(request):
+        if requests is not None:
+            requests.append(request)
         await insert(db, "handler")
         return Answer(200, headers={"content-type": types[kind]}, stream=body())
 
@@ -1579,16 +1581,17 @@ async def test_generator_endpoint_whose_commit_fails_is_broken_off(serve, db, le
 async def test_generator_endpoint_whose_client_leaves_is_rolled_back(serve, db, bench, ledger, framework, stack, kind):
     """An endpoint that is a generator and whose client leaves is rolled back, and its connection returns (P5)."""
     ended = asyncio.Event()
+    requests = []
 
     async def generate():
         try:
             await insert(db, "body")
             yield "first"
-            await asyncio.Event().wait()
+            await _client_has_left(requests and requests[0], framework)
         finally:
             ended.set()
 
-    async with _generator_endpoint(kind, serve, db, generate, framework, stack) as service:
+    async with _generator_endpoint(kind, serve, db, generate, framework, stack, requests) as service:
         async with service.connect() as connection:
             await connection.send("GET", "/")
             await connection.head()

@@ -109,7 +109,7 @@ class _TestServer(Running):
 
 
 def endpoint(handler: Handler) -> Callable[[web.Request], Any]:
-    """Make a handler; one that has background work sends its own response and goes on, as handlers do in aiohttp."""
+    """Make a handler; one that has events or background work sends its own response, as handlers do in aiohttp."""
 
     async def run(request: web.Request) -> web.StreamResponse:
         try:
@@ -119,7 +119,10 @@ def endpoint(handler: Handler) -> Callable[[web.Request], Any]:
             raise _RAISED[exc.status](location=exc.location) from None
         except Fail as exc:
             raise _failure(exc) from None
-        response = respond(answer)
+        response: web.StreamResponse = respond(answer)
+        if isinstance(answer, Answer) and answer.stream and response.content_type == "text/event-stream":
+            # The head of a `Response` waits for the first piece of its body, which may be long in coming.
+            response = await _stream(request, answer)
         if isinstance(answer, Answer) and answer.background:
             await response.prepare(request)
             await response.write_eof()
@@ -129,6 +132,15 @@ def endpoint(handler: Handler) -> Callable[[web.Request], Any]:
         return response
 
     return run
+
+
+async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
+    assert answer.stream is not None
+    response = web.StreamResponse(status=answer.status, headers=answer.fields)
+    await response.prepare(request)
+    async for piece in answer.stream:
+        await response.write(piece)
+    return response
 
 
 async def _all(background: Sequence[BackgroundWork]) -> None:

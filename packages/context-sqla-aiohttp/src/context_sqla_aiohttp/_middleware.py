@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeAlias
-from weakref import WeakSet
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -16,7 +15,7 @@ from ._wire import Wire, wire_of
 
 Rule: TypeAlias = Callable[[int], bool]
 
-_ready: WeakSet[web.Application] = WeakSet()
+_READY = "_context_sqla_ready"
 
 
 def setup(
@@ -43,9 +42,8 @@ def setup(
     """
     if app.pre_frozen or app.on_startup.frozen:
         raise SetupError("the application has started, or was added to another: call setup(app, ...) where it is made")
-    if app in _ready:
+    if _READY in vars(app):
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
-    _ready.add(app)
     pre_freeze = app.pre_freeze
 
     def place() -> None:
@@ -65,7 +63,7 @@ def setup(
 
     # The first context is the last to end, whatever fails before; handlers of on_cleanup may use the connects after that.
     app.cleanup_ctx.insert(0, closing)
-    vars(app)["pre_freeze"] = place  # not by assignment: aiohttp warns of that in development mode
+    vars(app).update({_READY: True, "pre_freeze": place})  # not by assignment: aiohttp warns of that in development mode
 
 
 class DBSessionMiddleware:
@@ -127,10 +125,9 @@ async def _decided(wire: Wire, request: web.Request, handler: Handler) -> web.St
     try:
         response = await handler(request)
     except web.HTTPException as error:
-        if wire.sent:
-            wire.note(error)
-            raise
-        await wire.unit.head(error.status)  # a response that is raised: a redirect commits
+        wire.note(error)
+        if not wire.sent:
+            await wire.unit.head(error.status)  # a response that is raised: a redirect commits
         raise
     except Exception as error:
         wire.note(error)

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from context_sqla.adapters import Phase, Unit, hidden_unit
+from context_sqla.errors import ContextSqlaError
 
 _KEY = "_context_sqla_wire"
 _SWITCHING = 101
@@ -66,10 +67,12 @@ class Wire:
 
     def note(self, error: Exception) -> None:
         """Take note of an exception that the application raised: a body that is not finished must not end well (P5)."""
-        if self.sent:
-            self.late = error
-            if self.unit.phase is Phase.STREAM:
-                self.failed = error
+        if not self.sent:
+            self._reset()
+            return
+        self.late = error
+        if self.unit.phase is Phase.STREAM:
+            self.failed = error
 
     async def decide(self, response: web.StreamResponse) -> None:
         """Decide by a response that was returned; one that its handler prepared was decided about there.
@@ -84,21 +87,25 @@ class Wire:
 
     async def write_headers(self, status_line: str, *args: Any, **kwargs: Any) -> None:
         """Send a head, after the decision about the unit by its status."""
-        if self.sent and self.failed is not None:
-            raise self.failed
+        if self.sent and (self.failed is not None or self.unit.phase is Phase.STREAM):
+            raise self.failed or ContextSqlaError("the response that was prepared is not the one that was returned")
         status = int(status_line.split(" ", 2)[1])
         try:
             await self.unit.head(status)
         except Exception as error:
             self.failed = error
-            vars(self._writer).clear()  # as it was before that response: an answer of another kind may follow
-            vars(self._writer).update(self._unused)
+            self._reset()
             raise
         if status == _SWITCHING:
             await self._become_websocket()
         self.failed = None
         await self._write_headers(status_line, *args, **kwargs)
         self.sent = True
+
+    def _reset(self) -> None:
+        """Make the writer what it was before a response set its framing: an answer of another kind may follow."""
+        vars(self._writer).clear()
+        vars(self._writer).update(self._unused)
 
     async def _become_websocket(self) -> None:
         await self.unit.end_of_body()
