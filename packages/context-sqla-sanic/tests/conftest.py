@@ -12,6 +12,8 @@ import httpx
 import pytest
 from context_sqla import DBConnect, db_session
 from sanic import Sanic
+from sanic.application.constants import ServerStage
+from sanic.application.state import ApplicationServerInfo
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -38,6 +40,12 @@ class Ledger:
         """The names that are committed at this moment."""
         with self.connection() as connection:
             return " ".join(name for (name,) in connection.execute("SELECT name FROM item ORDER BY name"))
+
+    async def until(self, names: str) -> None:
+        """Wait until exactly these are committed."""
+        async with asyncio.timeout(10):
+            while self.names() != names:
+                await asyncio.sleep(0.01)
 
     async def write(self, name: str) -> None:
         """Write a row in the unit of work in which this runs."""
@@ -101,8 +109,9 @@ async def native(app: Sanic) -> AsyncIterator[Address]:
     assert server is not None
     await server.startup()
     await server.before_start()
-    await server.after_start()
+    app.state.server_info.append(ApplicationServerInfo({}, ServerStage.SERVING))  # as `run` does, or add_task would wait
     await server.start_serving()
+    await server.after_start()
     try:
         async with httpx.AsyncClient(base_url=f"http://{host}:{port}", trust_env=False) as http:
             yield Address(http, host, port)
@@ -112,6 +121,7 @@ async def native(app: Sanic) -> AsyncIterator[Address]:
         for connection in tuple(server.connections):
             connection.abort()
         await server.after_stop()
+        app.state.server_info.clear()
 
 
 @asynccontextmanager
