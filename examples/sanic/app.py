@@ -35,7 +35,7 @@ folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_erro
 db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
-app = Sanic("users")
+app = Sanic("example")
 setup(app, db)  # a unit of work per request; db is closed at shutdown
 
 

@@ -99,7 +99,9 @@ FRAMEWORKS: Mapping[str, Framework] = {
         },
         {
             "sanic": {Feature.HANDLER_RUNS_ON: "Sanic's own server cancels the handler of a client that has left"},
-            "uvicorn": {Feature.DISCONNECT: "Sanic does not listen to an ASGI server: only who writes learns that a client has left"},
+            "uvicorn": {
+                Feature.DISCONNECT: "Sanic does not listen to an ASGI server: only who writes learns that a client has left"
+            },
             "hypercorn": {Feature.DISCONNECT: "as under uvicorn"},
         },
     ),

@@ -83,7 +83,9 @@ async def test_request_middleware_that_answers_or_raises_rolls_back(app, ledger,
         return text("ok")
 
     async with serve(app) as server:
-        statuses = [(await server.request("GET", f"/{path}")).status_code for path in ("answers", "raises", "crashes", "welcomes", "a")]
+        statuses = [
+            (await server.request("GET", f"/{path}")).status_code for path in ("answers", "raises", "crashes", "welcomes", "a")
+        ]
 
     assert statuses == [401, 403, 500, 200, 200]
     assert ledger.names() == "a welcomes"
