@@ -280,7 +280,7 @@ async def test_cancellation_at_every_suspension_of_a_request(serve, db, ledger, 
     service = await serve(handler)
     for n in itertools.count(1):
         async with service.connect() as connection:
-            await connection.send("POST", f"/?n={n}")
+            await connection.send("POST", f"/?n={n}", headers={"connection": "close"})  # Sanic's task is that of the connection
             await until(lambda n=n: len(watches) == n)
             task, watch = watches[-1]
             await asyncio.wait({task}, timeout=DEADLINE)

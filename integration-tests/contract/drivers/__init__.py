@@ -107,6 +107,14 @@ FRAMEWORKS: Mapping[str, Framework] = {
             Feature.GZIP: "Sanic has no such middleware",
             Feature.CORS: "Sanic has no such middleware; its extension package has",
             Feature.BASE_HTTP: "Sanic has no middleware around the handler",
+            Feature.SYNC_HANDLERS: "Sanic runs plain functions in the event loop, which they must not keep waiting",
+        },
+        {
+            "sanic": {Feature.HANDLER_RUNS_ON: "Sanic's own server cancels the handler of a client that has left"},
+            "uvicorn": {
+                Feature.DISCONNECT: "Sanic does not listen to an ASGI server: only who writes learns that a client has left"
+            },
+            "hypercorn": {Feature.DISCONNECT: "as under uvicorn"},
         },
     ),
 }

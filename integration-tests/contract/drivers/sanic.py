@@ -40,14 +40,15 @@ def build(application: Application) -> "Sanic[Any, Any]":
     """Make the application."""
     app: Sanic[Any, Any] = Sanic("contract", configure_logging=False)
     app.config.ACCESS_LOG = False
+    app.config.MOTD = False  # it imports every extension that is installed
     options = {"should_commit": application.should_commit, "before_commit": application.before_commit}
     if application.setup_first:
         setup(app, *application.connects, **options)
     for number, route in enumerate(application.routes):
         if isinstance(route, Route):
-            app.add_route(endpoint(route.handler), route.path, list(route.methods), name=f"route{number}")
+            app.add_route(endpoint(route.handler), template(route.path), list(route.methods), name=f"route{number}")
         else:
-            app.add_websocket_route(socket_endpoint(route.handler), route.path, name=f"route{number}")
+            app.add_websocket_route(socket_endpoint(route.handler), template(route.path), name=f"route{number}")
     for kind, handler in application.error_handlers.items():
         app.error_handler.add(kind, error_endpoint(handler))
     for one in application.middleware:
@@ -97,6 +98,11 @@ async def drop_background_work(request: Request, **_: Any) -> None:
 async def _in_order(works: Any) -> None:
     for work in works:
         await work()
+
+
+def template(path: str) -> str:
+    """Write a path's parameters as Sanic does."""
+    return path.replace("{", "<").replace("}", ">")
 
 
 def endpoint(handler: Handler) -> Callable[..., Any]:
@@ -188,6 +194,9 @@ async def respond(result: Result, request: Request) -> BaseHTTPResponse | None:
         await response.send("")  # the head, which would otherwise wait for the first piece
         async for piece in stream:
             await response.send(piece)
+    except asyncio.CancelledError:  # no signal tells of a client that has left
+        await start_background_work(request)
+        raise
     finally:
         if (aclose := getattr(stream, "aclose", None)) is not None:
             await aclose()
@@ -252,7 +261,7 @@ class _Socket:
     async def receive(self) -> str:
         try:
             message = await self.native.recv()
-        except (ConnectionClosed, WebsocketClosed, asyncio.CancelledError):
+        except (ConnectionClosed, WebsocketClosed):
             raise SocketGone from None
         if message is None:
             raise SocketGone

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 
 import aiosqlite
 import pytest
@@ -14,7 +16,7 @@ from context_sqla import (
     on_commit,
     rollback_db_session,
 )
-from context_sqla.adapters import Unit
+from context_sqla.adapters import Phase, Unit
 from context_sqla.errors import ContextClosedError
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
@@ -123,6 +125,43 @@ async def test_body_that_goes_on_after_its_client_left_is_rolled_back(db):
     await unit.close()
 
     assert await names(db) == ["background"]
+
+
+async def test_task_that_serves_many_requests_keeps_none_of_their_units(db):
+    """What `close_with` leaves on a task is gone when its unit has ended, or a long connection would keep every request."""
+
+    async def connection():
+        units = []
+        for name in ("a", "b"):
+            unit = Unit.enter()
+            unit.close_with(asyncio.current_task())
+            await insert(db, name)
+            await unit.head(200)
+            await unit.end_of_body()
+            await unit.close()
+            units.append(weakref.ref(unit))
+        del unit
+        gc.collect()
+        return [ref() for ref in units]
+
+    assert await asyncio.create_task(connection()) == [None, None]
+    assert await names(db) == ["a", "b"]
+
+
+async def test_unit_that_nobody_has_closed_ends_with_its_task(db):
+    """`close_with` takes the place of `close`; the end of the connect waits for it."""
+
+    async def connection():
+        unit = Unit.enter()
+        unit.close_with(asyncio.current_task())
+        await insert(db, "a")
+        return unit
+
+    unit = await asyncio.create_task(connection())
+    await db.close()
+
+    assert unit.phase is Phase.CLOSED
+    assert await names(db) == []
 
 
 async def test_listener_that_replaces_errors_leaves_no_statement_running(db):

@@ -1,13 +1,25 @@
 """The unit of work of a Sanic request: opened when its route is known, decided where it responds, ended with its body."""
 
 import asyncio
+import re
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, cast
 
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, close_connects, hidden_unit, retry_after_header
-from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
+from context_sqla.adapters import (
+    BeforeCommitCallback,
+    Phase,
+    Policy,
+    Unit,
+    check_connects,
+    close_connects,
+    explain,
+    hidden_unit,
+    retry_after_header,
+)
+from context_sqla.errors import ContextSqlaError, ForeignLoopError, SetupError, UnavailableError
 from sanic import Request, Sanic
 from sanic.http import Stage
 from sanic.response import BaseHTTPResponse, HTTPResponse, ResponseStream, text
@@ -19,6 +31,7 @@ Rule: TypeAlias = Callable[[int], bool]
 
 # A handler for one of these is the application's own answer; one for every Exception is not.
 _ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
+_PARAMETER, _BRACED = re.compile("<([^:>]+)[^>]*>"), r"{\1}"  # as other frameworks write it
 _FIRST, _LAST = 1_000_000, -1_000_000
 
 
@@ -41,7 +54,9 @@ def setup(
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
+    check_connects(*connects)
     base = app.request_class or Request
     if app.state.is_started:
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
@@ -57,7 +72,10 @@ def setup(
     app.signal("http.handler.after", priority=_LAST)(_handled)
     app.signal("http.lifecycle.exception", priority=_FIRST)(_failed)
     app.signal("http.lifecycle.response", priority=_LAST)(_responded)
+    hidden = ExitStack()
+    app.listener("before_server_start", priority=_FIRST)(partial(_hide, hidden))
     app.listener("before_server_start")(_answer_unavailable)
+    app.listener("after_server_start", priority=_LAST)(partial(_show, hidden))
     app.listener("after_server_stop", priority=_FIRST)(partial(_close, connects))
 
 
@@ -104,7 +122,9 @@ class UnitRequest(Request[Any, Any]):
             self._response_middleware_started = False  # P4b: it runs for the answer to this error too
             if self._answers is None:
                 raise
-            # The answer of an exception handler, which Sanic would send in spite of the error.
+            # The answer of an exception handler, which Sanic would send in spite of the error: the last answer decides nothing.
+            await self.unit.close(error)
+            self.unit = None
             self.reset_response()
             return await self.respond(self.app.error_handler.default(self, error))
         except BaseException:
@@ -118,6 +138,7 @@ class UnitRequest(Request[Any, Any]):
     async def fail(self, error: BaseException) -> None:
         """Prepare for the answer to an exception, or break off a body that has begun."""
         self.show()
+        explain(error)
         self._answers = error
         unit, stream = self.unit, self.stream
         if unit is not None and unit.phase is not Phase.HANDLER:
@@ -126,7 +147,8 @@ class UnitRequest(Request[Any, Any]):
             self.unit = None
             if stream is not None and stream.stage is not Stage.HANDLER and unfinished and stream.response is not None:
                 stream.response.stream = None  # P5: Sanic would end the body well
-        if self.unit is None and stream is not None and stream.stage is Stage.HANDLER:
+        answers = stream is not None and stream.stage is Stage.HANDLER
+        if self.unit is None and answers and not isinstance(error, ForeignLoopError):  # which would only be raised again
             self.enter()
 
     async def finish(self) -> None:
@@ -139,7 +161,8 @@ class UnitRequest(Request[Any, Any]):
             await self.unit.close(self._answers)
 
     def _label(self) -> str:
-        return f"{self.method} {self.uri_template or self.path}"
+        template = self.uri_template or self.path
+        return f"{self.method} {_PARAMETER.sub(_BRACED, template)}"
 
 
 async def _routed(request: UnitRequest, handler: Any, **_: Any) -> None:
@@ -159,6 +182,16 @@ async def _failed(request: UnitRequest, exception: BaseException, **_: Any) -> N
 
 async def _responded(request: UnitRequest, **_: Any) -> None:
     await request.finish()
+
+
+async def _hide(hidden: ExitStack, app: "Sanic[Any, Any]") -> None:
+    """Hide the unit in which the server was started from what runs at its start (P11)."""
+    hidden.enter_context(hidden_unit())
+
+
+async def _show(hidden: ExitStack, app: "Sanic[Any, Any]") -> None:
+    with suppress(ValueError):  # a task of its own, which has nothing to show
+        hidden.close()
 
 
 async def _answer_unavailable(app: "Sanic[Any, Any]") -> None:

@@ -40,6 +40,7 @@ class Unit(Container):
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
     _cleaning: "asyncio.Task[None] | None" = None
+    _ends_with: "asyncio.Task[Any] | None" = None
 
     def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         super().__init__(policy, label)
@@ -143,8 +144,9 @@ class Unit(Container):
     def close_with(self, task: "asyncio.Task[Any]") -> None:
         """Close the unit when this task is done, for frameworks that offer no place to await it.
 
-        `DBConnect.close()` waits for the clean-up.
+        `DBConnect.close()` waits for the clean-up. The task may serve many requests: a unit that has ended leaves nothing on it.
         """
+        self._ends_with = task
         task.add_done_callback(self._close_after)
 
     # For the rest of the core
@@ -302,6 +304,9 @@ class Unit(Container):
     def _leave(self) -> None:
         self.phase = CLOSED
         self._broken = None
+        task, self._ends_with = self._ends_with, None
+        if task is not None:
+            task.remove_done_callback(self._close_after)
         token, self._token = self._token, None
         if token is not None:
             with suppress(ValueError):  # closed from another context, whose variable was never this unit
