@@ -354,8 +354,8 @@ async def test_unavailable_is_a_503(client_of):
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-async def test_work_after_the_last_byte_is_background_work(ledger, client_of, fails):
+@pytest.mark.parametrize("error", [None, LookupError(), IntegrityError("", {}, Exception())], ids=["good", "error", "answered"])
+async def test_work_after_the_last_byte_is_background_work(ledger, client_of, error):
     """A handler that goes on after `write_eof` commits at its end, and one that fails rolls that back (P6)."""
     ended = asyncio.Event()
 
@@ -365,15 +365,15 @@ async def test_work_after_the_last_byte_is_background_work(ledger, client_of, fa
         await response.write_eof()
         await ledger.write("a")
         asyncio.current_task().add_done_callback(lambda task: ended.set())
-        if fails:
-            raise LookupError
+        if error:
+            raise error
         return response
 
     client = await client_of(application(handler, conflict))
 
     assert await (await client.get("/")).text() == "ok"
     await asyncio.wait_for(ended.wait(), 10)
-    assert ledger.names() == ("" if fails else "a")
+    assert ledger.names() == ("" if error else "a")
 
 
 async def test_handler_that_returns_nothing_rolls_back(ledger, client_of):
