@@ -166,11 +166,19 @@ def _project(distribution: str) -> Mapping[str, Sequence[str]]:
 
 def _requirements() -> Iterator[tuple[str, str, str]]:
     """What the packages need that is not ours: title, distribution, range."""
-    for title, package in [("SQLAlchemy", "context-sqla"), *((_title(name), _distribution(name)) for name in FRAMEWORKS)]:
-        for requirement in _project(package)["dependencies"]:
-            distribution, ranges = re.split(r"(?:\[\w+\])?(?=[><=])", requirement, maxsplit=1)
-            if not distribution.startswith("context-sqla"):
-                yield title, distribution, ranges
+    yield "SQLAlchemy", "sqlalchemy", _needed("context-sqla", "sqlalchemy")
+    for name in FRAMEWORKS:
+        if needed := _needed(_distribution(name), name):
+            yield _title(name), name, needed
+
+
+def _needed(package: str, distribution: str) -> str:
+    """Return the range in which a package needs a distribution, or nothing."""
+    for requirement in _project(package)["dependencies"]:
+        name, ranges = re.split(r"(?:\[\w+\])?(?=[><=])", requirement, maxsplit=1)
+        if name == distribution:
+            return ranges
+    return ""
 
 
 def _declared(ranges: str) -> tuple[str, str]:
