@@ -591,7 +591,7 @@ async def test_twenty_switches_under_load(serve, connect, hosts):
 @pytest.mark.postgresql
 async def test_alternation_at_ten_hertz_under_load(serve, connect, bench, hosts):
     """Alternation between two hosts at 10 Hz under 50 concurrent requests: none fails, and no connection is opened twice (P13)."""
-    db = await connect("db")
+    db = await connect("db", idle_host_grace=60)  # on a slow machine a host may have no request for a second
     opened = []
     db.engine_created.append(lambda engine, host: _count_connections(engine, opened))
     seen = []
@@ -638,7 +638,7 @@ async def test_handler_that_alternates_under_load(serve, connect, bench, hosts, 
         seen[mine] = await _port(db)
         return Answer(200)
 
-    db = await connect("db", handler=choose)
+    db = await connect("db", handler=choose, idle_host_grace=60)
     service = await serve(handler)
     async with _load(service, 50) as statuses:
         await until(lambda: len(seen) >= 400, deadline=60)

@@ -78,6 +78,7 @@ def asgi(app: "Sanic[Any, Any]") -> Callable[..., Awaitable[None]]:
         if not app.state.is_started:
             await app._startup()
             await app._server_event("init", "before")
+            await app._server_event("init", "after")
         await app({"raw_path": scope["path"].encode(), **scope}, receive, send)
 
     return call
@@ -261,7 +262,7 @@ class _Socket:
     async def receive(self) -> str:
         try:
             message = await self.native.recv()
-        except (ConnectionClosed, WebsocketClosed):
+        except (ConnectionClosed, WebsocketClosed, asyncio.CancelledError):  # the last one if it waits as the client leaves
             raise SocketGone from None
         if message is None:
             raise SocketGone

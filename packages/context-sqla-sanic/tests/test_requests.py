@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from context_sqla import ContextClosedError, db_session, is_context_initiated, on_commit, run_in_new_ctx
+from context_sqla.adapters import Phase
 from context_sqla_sanic import setup
 from sanic import Blueprint, empty, json, text
 from sanic.exceptions import Forbidden, NotFound, SanicException
@@ -278,11 +279,12 @@ async def test_response_timeout_rolls_back(app, ledger, serve_natively):
 async def test_requests_of_one_connection_have_units_of_their_own(app, ledger, serve_natively):
     """One task serves a connection, whose end is no end of a request: each commits and ends by itself (P10, P12)."""
     setup(app, ledger.db)
-    seen, errors, tasks = [], [], set()
+    seen, errors, tasks, units = [], [], set(), []
 
     @app.post("/<name>")
     async def handler(request, name):
         tasks.add(asyncio.current_task())
+        units.append(request.unit)
         if seen:
             try:
                 await seen[-1].connection()
@@ -295,7 +297,7 @@ async def test_requests_of_one_connection_have_units_of_their_own(app, ledger, s
     async with serve_natively(app) as server:
         for name in "abc":
             await server.request("POST", f"/{name}")
-            assert ledger.db.pool_status().checked_out == 0
+            assert [unit.phase for unit in units] == [Phase.CLOSED] * len(units)
 
     assert len(tasks) == 1
     assert len({id(session) for session in seen}) == 3
@@ -420,11 +422,12 @@ async def test_body_commits_before_its_end_by_hand(app, ledger, serve):
 async def test_client_that_leaves_a_stream_leaves_nothing_behind(app, ledger, serve_natively):
     """Sanic cancels the connection's task and says nothing more: the unit ends with the task (P5, P7)."""
     setup(app, ledger.db)
-    tasks = []
+    tasks, units = [], []
 
     @app.get("/")
     async def handler(request):
         tasks.append(asyncio.current_task())
+        units.append(request.unit)
         await ledger.write("handler")
         response = await request.respond()
         await ledger.write("body")
@@ -435,7 +438,8 @@ async def test_client_that_leaves_a_stream_leaves_nothing_behind(app, ledger, se
         await server.leave("/", seen=b"one")
         await asyncio.wait(tasks, timeout=10)
 
-    assert tasks[0].done()
+    await ledger.db.close()  # it waits for what the unit does at its end
+    assert units[0].phase is Phase.CLOSED
     assert ledger.names() == "handler"
 
 
