@@ -467,7 +467,7 @@ async def test_message_that_fails_leaves_the_others_alone(serve, db, ledger):
 
 
 @pytest.mark.wire
-async def test_client_that_leaves_within_a_block_rolls_it_back(serve, db, bench, ledger):
+async def test_client_that_leaves_within_a_block_rolls_it_back(serve, db, bench, ledger, framework):
     """A db_context() that waits for a message of a client that has left is rolled back by the error (P11)."""
     gone = asyncio.Event()
 
