@@ -472,6 +472,7 @@ async def test_a_request_leaves_no_cycle(client_of):
     client = await client_of(application(handler))
     await client.get("/")
     gc.collect()
+    others = [one for one in gc.get_objects() if isinstance(one, Unit)]  # of other tests in this process
     gc.disable()
     try:
         for _ in range(3):
@@ -481,4 +482,4 @@ async def test_a_request_leaves_no_cycle(client_of):
     finally:
         gc.enable()
 
-    assert len(units) <= 1
+    assert len(units) <= len(others) + 1

@@ -35,7 +35,7 @@ def setup(
 def request_label(scope: Scope) -> str:
     """Return "METHOD /path", with the names of the path's parameters where the framework has noted them in the scope."""
     names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
-    return f"{scope['method']} {'/'.join(names.get(part, part) for part in scope['path'].split('/'))}"
+    return f"{scope['method']} {'/'.join(names.get(part, part) for part in str(scope['path']).split('/'))}"
 
 
 async def _answer_unavailable(error: Exception, scope: Scope, wire: Wire) -> bool:
