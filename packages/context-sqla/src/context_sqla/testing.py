@@ -16,7 +16,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from . import _commit
 from ._connect import DBConnect
@@ -208,4 +210,21 @@ def _savepoint_session(maker: async_sessionmaker[Any], connection: AsyncConnecti
     options: dict[str, Any] = {"bind": connection, "join_transaction_mode": "create_savepoint", "twophase": False}
     if binds:
         options["binds"] = binds
-    return maker(**options)
+    session = maker(**options)
+    if connection.dialect.name == "postgresql":
+        event.listen(session.sync_session, "before_commit", _check_deferred_constraints)
+    return session
+
+
+def _check_deferred_constraints(session: Session) -> None:
+    """Let a deferred constraint fail where the COMMIT would fail that never comes in a test (P4, P12)."""
+    if session.in_nested_transaction():
+        return
+    session.flush()
+    connection = session.connection()
+    savepoint = connection.begin_nested()
+    try:
+        connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
+    finally:
+        # Not SET CONSTRAINTS ALL DEFERRED: that would defer also what is initially immediate.
+        savepoint.rollback()
