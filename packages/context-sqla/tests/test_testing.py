@@ -16,6 +16,8 @@ from context_sqla import (
     db_context,
     db_session,
     is_context_initiated,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
     on_commit,
     rollback_db_session,
     run_in_new_ctx,
@@ -615,6 +617,58 @@ async def test_unit_whose_turn_never_comes(databases):
         with pytest.raises(SessionBusyError, match=r"'db'.*real commits"):
             await run_in_new_ctx(outer)
         assert await names(db) == []
+
+
+async def test_sessions_outside_of_units_share_too(db, ledger):
+    """``new_non_ctx_session`` sees the test's rows, and what it commits is gone with them (P12)."""
+    async with shared(db) as session:
+        await insert(db, "test")
+        async with db_context():
+            await insert(db, "unit")
+            async with new_non_ctx_session(db) as own:
+                assert await seen_by(own) == ["test", "unit"]
+                own.add(Item(name="kept"))
+                await own.commit()
+                own.add(Item(name="dropped"))
+                await own.flush()
+            async with new_non_ctx_atomic_session(db) as own:
+                own.add(Item(name="atomic"))
+            await insert(db, "goes on")
+        assert await seen_by(session) == ["atomic", "goes on", "kept", "test", "unit"]
+
+    assert await ledger.names() == []
+
+
+async def test_session_outside_of_units_has_the_connection(db):
+    """While it is open, a statement of the unit around it is refused, as below a unit of its own (P12)."""
+    async with shared(db):
+        async with db_context():
+            session = await db_session(db)
+            async with new_non_ctx_session(db):
+                with pytest.raises(SessionBusyError, match=r"'db'.*needs real commits"):
+                    await session.execute(text("SELECT 1"))
+            await session.execute(text("SELECT 1"))
+
+
+async def test_atomic_session_outside_of_units_rolls_back(db):
+    """An error takes back what it wrote, and no more (P12)."""
+    async with shared(db):
+        await insert(db, "test")
+        with pytest.raises(Boom):
+            async with new_non_ctx_atomic_session(db) as own:
+                own.add(Item(name="dropped"))
+                await own.flush()
+                raise Boom
+        assert await names(db) == ["test"]
+
+
+async def test_session_outside_of_units_of_a_connect_that_does_not_share(db, other, other_ledger):
+    """A connect without savepoints is as it is outside of tests (P12)."""
+    async with shared(db):
+        async with new_non_ctx_atomic_session(other) as own:
+            own.add(Item(name="a"))
+
+    assert await other_ledger.names() == ["a"]
 
 
 async def test_hook_can_refuse_in_the_shared_transaction(db):

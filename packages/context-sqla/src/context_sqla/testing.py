@@ -170,6 +170,10 @@ class Place:
         self._turns = turns
         self._unit = unit
 
+    def new_session(self) -> AsyncSession:
+        """Make a session for this place that is no unit's."""
+        return self._turns.new_session()
+
     def is_taken(self) -> bool:
         """Return whether a unit inside this one has the connection now."""
         return self._turns.stack[-1] is not self._unit
