@@ -24,7 +24,13 @@ from context_sqla import (
     unit_of_work,
 )
 from context_sqla.adapters import Policy, Unit
-from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
+from context_sqla.testing import (
+    capture_on_commit,
+    put_savepoint_session_in_ctx,
+    rollback_session,
+    set_test_context,
+    unit_label,
+)
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -749,6 +755,53 @@ async def test_callback_of_a_commit_by_hand_may_use_the_shared_transaction(db):
     async with shared(db):
         await asyncio.wait_for(run_in_new_ctx(work), 10)
         assert await names(db) == ["a", "b", "callback"]
+
+
+# capture_on_commit, unit_label
+
+
+@pytest.mark.parametrize("way", ["shared", "real"])
+@pytest.mark.parametrize("execute", [False, True])
+async def test_captured_callbacks_run_only_when_told_so(db, way, execute):
+    """Those that come due are collected; what a rollback drops never is (P14)."""
+    ran = []
+
+    async def work(name, error=None):
+        await insert(db, name)
+        on_commit(lambda: ran.append(name))
+        on_commit(lambda: ran.append(name), connect=db)
+        if error is not None:
+            raise error
+
+    async with shared(db) if way == "shared" else contextlib.nullcontext():
+        with capture_on_commit(execute=execute) as outer:
+            with capture_on_commit(execute=True) as inner:
+                await run_in_new_ctx(work, "a")
+                with pytest.raises(Boom):
+                    await run_in_new_ctx(work, "b", Boom())
+            await run_in_new_ctx(work, "c")
+        await run_in_new_ctx(work, "d")
+
+    assert ran == (["a", "a", "c", "c", "d", "d"] if execute else ["d", "d"])
+    assert (len(inner), len(outer)) == (2, 4)
+    assert all(map(callable, outer))
+
+
+async def test_label_of_the_unit_that_is_open():
+    """Reports name the application's unit; outside, and in the test's own, there is none (P12)."""
+    labels = [unit_label()]
+    async with set_test_context():
+        labels.append(unit_label())
+        async with db_context():
+            labels.append(unit_label())
+        unit = Unit.enter(label=lambda: "POST /users")
+        labels.append(unit_label())
+        await unit.close()
+
+    assert labels == [None, None, "a unit of work", "POST /users"]
+
+
+# Transactions by hand
 
 
 async def test_atomic_block_in_the_shared_transaction(db):

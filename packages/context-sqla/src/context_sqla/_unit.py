@@ -176,6 +176,8 @@ class Unit(Container):
 
     async def run_callback(self, callback: Callback) -> None:
         """Run a callback in a unit of its own; its error is logged and changes nothing else (P14)."""
+        if _context.is_captured(callback):
+            return
         try:
             async with new_unit():
                 result = callback()

@@ -12,8 +12,8 @@ async def shared_transaction(session):
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from sqlalchemy import event
@@ -23,14 +23,14 @@ from sqlalchemy.orm import Session
 from . import _commit
 from ._connect import DBConnect
 from ._container import Container
-from ._context import clear_test_context, current, set_test_unit
+from ._context import captures, clear_test_context, current, set_test_unit
 from ._refusal import REAL_COMMITS
 from ._settle import settle
 from ._slot import Slot
 from ._unit import Unit
 from .errors import ContextNotInitiatedError, SessionBusyError
 
-__all__ = ["put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
+__all__ = ["capture_on_commit", "put_savepoint_session_in_ctx", "rollback_session", "set_test_context", "unit_label"]
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -110,6 +110,31 @@ async def put_savepoint_session_in_ctx(connect: DBConnect[S], session: S) -> Asy
         unit.turns.pop(connect.context_key, None)
         if unit.slots.pop(connect.context_key, None) is slot:
             await _commit.end([slot])
+
+
+@contextmanager
+def capture_on_commit(*, execute: bool = False) -> Iterator[list[Callable[[], Any]]]:
+    """Collect the `on_commit` callbacks that come due inside the block, instead of running them (P14).
+
+    Gives the list of them, in the order in which they would have run. A rollback drops callbacks as ever: they never come due.
+
+    Args:
+        execute: run them as well.
+    """
+    entry: tuple[list[Any], bool] = ([], execute)
+    captures.append(entry)
+    try:
+        yield entry[0]
+    finally:
+        captures[:] = [other for other in captures if other is not entry]
+
+
+def unit_label() -> str | None:
+    """Return what the application's unit that is open here is called, such as "POST /users"; None outside and in a test's."""
+    unit: Unit | None = current.get()
+    if unit is None or unit.joinable:
+        return None
+    return unit.label() if unit.label is not None else "a unit of work"
 
 
 class Turns:
