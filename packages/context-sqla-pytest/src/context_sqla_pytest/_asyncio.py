@@ -21,14 +21,11 @@ def _fixture(scope: ScopeName) -> Callable[..., Any]:
     return played
 
 
-class AsyncioFixtures:
-    """A plugin that is registered where pytest-asyncio is."""
-
-    in_function = staticmethod(_fixture("function"))
-    in_class = staticmethod(_fixture("class"))
-    in_module = staticmethod(_fixture("module"))
-    in_package = staticmethod(_fixture("package"))
-    in_session = staticmethod(_fixture("session"))
+in_function = _fixture("function")
+in_class = _fixture("class")
+in_module = _fixture("module")
+in_package = _fixture("package")
+in_session = _fixture("session")
 
 
 def runs(item: pytest.Item) -> bool:

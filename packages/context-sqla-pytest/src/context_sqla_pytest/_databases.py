@@ -67,7 +67,11 @@ class Databases:
         run = self._joined()
         if self._given is None:
             run.start_server()
-        template = url.set(database=f"{(self._given or url.set(database='test')).database}_{_suffix()}template")
+        if self._worker is None:
+            self._execute(f"CREATE DATABASE {_quoted(url)}")
+            create_schema(_shown(url))
+            return
+        template = url.set(database=f"{self._given.database if self._given else 'test'}_{_suffix()}template")
         with run.once("template") as first:
             if first:
                 self._execute(f"CREATE DATABASE {_quoted(template)}")
@@ -85,6 +89,17 @@ class Databases:
             self._execute(f"DROP DATABASE {mine} WITH (FORCE)")
         self._run.leave(lambda: None if template is None else self._execute(f"DROP DATABASE {template} WITH (FORCE)"))
         self._run = None
+
+    @staticmethod
+    def sweep(key: str) -> None:
+        """Remove what is left of a run whose processes are gone."""
+        if sys.platform != "win32":
+            from ._run import Run
+
+            run = Run(key)
+            if run.folder.exists():
+                run.join()
+                run.leave()
 
     def _make_url(self) -> URL:
         if self._given is None:

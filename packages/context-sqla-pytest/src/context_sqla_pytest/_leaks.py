@@ -8,7 +8,8 @@ from typing import Any
 
 from context_sqla.testing import unit_label
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import Pool
 
 from ._places import Where, caller
@@ -34,18 +35,19 @@ class Leaks:
 
     def __init__(self) -> None:
         self._out: dict[Any, Opened] = {}
-        self._savepoints: dict[tuple[int, str], Opened] = {}
+        self._begun: dict[Session, Opened] = {}
+        self._shared: tuple[Connection, ...] = ()
+        self._own: frozenset[Session] = frozenset()
 
     @contextmanager
     def watching(self) -> Iterator["Leaks"]:
-        """Listen to every pool and engine of the process."""
+        """Listen to every pool and session of the process."""
         listeners: list[tuple[Any, str, Any]] = [
             (Pool, "checkout", self._checked_out),
             (Pool, "checkin", self._checked_in),
             (Pool, "detach", self._checked_in),
-            (Engine, "before_cursor_execute", self._before),
-            (Engine, "release_savepoint", self._ended),
-            (Engine, "rollback_savepoint", self._ended),
+            (Session, "after_begin", self._after_begin),
+            (Session, "after_transaction_end", self._after_transaction_end),
         ]
         for listener in listeners:
             event.listen(*listener)
@@ -55,14 +57,21 @@ class Leaks:
             for listener in listeners:
                 event.remove(*listener)
 
-    def begin(self) -> None:
-        """Forget what is open now: it is not the test's."""
+    def begin(self, shared: Iterable[Connection] = (), own: Iterable[Session] = ()) -> None:
+        """Forget what is open now: it is not the test's.
+
+        Args:
+            shared: connections in whose transaction the application works.
+            own: sessions of the test on them.
+        """
         self._out.clear()
-        self._savepoints.clear()
+        self._begun.clear()
+        self._shared = tuple(shared)
+        self._own = frozenset(own)
 
     def found(self) -> list[Opened]:
         """Return what has been opened since and is open still."""
-        return [*self._out.values(), *self._savepoints.values()]
+        return [*self._out.values(), *self._begun.values()]
 
     async def settled(self, seconds: float) -> list[Opened]:
         """Return what is left after giving clean-up that is on its way the time to end."""
@@ -80,19 +89,13 @@ class Leaks:
     def _checked_in(self, dbapi: Any, record: Any) -> None:
         self._out.pop(record, None)
 
-    def _before(self, conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # The event of the savepoint itself does not tell its name.
-        if statement.startswith("SAVEPOINT ") and (label := unit_label()) is not None:  # the test's own session is its affair
-            self._savepoints[id(conn), statement.removeprefix("SAVEPOINT ")] = Opened("a transaction is open", label, caller())
+    def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        if connection in self._shared and session not in self._own and session not in self._begun:
+            self._begun[session] = Opened("a transaction is open", unit_label(), caller())
 
-    def _ended(self, conn: Connection, name: str, context: Any) -> None:
-        # Savepoints are a stack: those inside this one, which were opened later, end with it.
-        if (id(conn), name) in self._savepoints:
-            inside = False
-            for key in list(self._savepoints):
-                inside = inside or key == (id(conn), name)
-                if inside and key[0] == id(conn):
-                    del self._savepoints[key]
+    def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:
+            self._begun.pop(session, None)
 
 
 def report(found: Iterable[Opened]) -> str:

@@ -77,7 +77,9 @@ class Stage:
             for connect, session in outer:
                 sessions[connect] = await stack.enter_async_context(put_savepoint_session_in_ctx(connect, session))
                 self._check_expiry(connect, sessions[connect])
-            self.begin()
+            shared = [(await session.connection()).sync_connection for _, session in outer]
+            self.leaks.begin(filter(None, shared), (session.sync_session for session in sessions.values()))
+            self.writes.begin()
             yield sessions
             found = await self.leaks.settled(_LEAK_GRACE) if leak_check else []
             for connect in connects if found else ():

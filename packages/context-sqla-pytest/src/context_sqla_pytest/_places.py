@@ -39,7 +39,7 @@ def caller() -> Where | None:
 
 
 def _is_library(root: str) -> bool:
-    return root.startswith(("context_sqla", "_pytest")) or (root in sys.stdlib_module_names and root != "__main__")
+    return root.startswith(("context_sqla", "__main__")) or root in sys.stdlib_module_names  # __main__ is pytest
 
 
 def _frames() -> Iterator[FrameType]:

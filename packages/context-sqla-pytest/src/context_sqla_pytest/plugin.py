@@ -70,9 +70,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stage] = stage
     _default_mode(config)  # a wrong one is told here
     if config.pluginmanager.has_plugin("asyncio"):
-        from ._asyncio import AsyncioFixtures
+        from . import _asyncio
 
-        config.pluginmanager.register(AsyncioFixtures(), "context_sqla_asyncio")
+        config.pluginmanager.register(_asyncio, "context_sqla_asyncio")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove what was made for this process: every fixture is over, and a worker that takes longer from here on may be killed."""
+    session.config.stash[_databases].end()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Remove, in the process that started the workers, what one that was killed has left."""
+    Databases.sweep(node.workerinput["testrunuid"])
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
