@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import secrets
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +136,7 @@ class Databases:
                 raise pytest.UsageError("context-sqla: on Windows pass --context-sqla-url with a database that exists")
             from ._run import Run
 
-            self._run = Run(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}")
+            self._run = Run(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}-{secrets.token_hex(4)}")
             self._run.join()
         return self._run
 
