@@ -610,6 +610,20 @@ async def test_parent_whose_child_does_not_end(databases, how):
         assert "next" in await names(db)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+async def test_end_of_the_test_waits_for_units(databases, ends):
+    """The shared transaction ends after the units in it, also where the test itself has not used it; late ones are refused (P12)."""
+    db = databases.connect(await databases.database("first"), "db", drain_timeout=10 if ends else 0.05)
+    child = Child(db)
+    async with shared(db):
+        await child.start()
+        if ends:
+            asyncio.get_running_loop().call_soon(child.go_on.set)
+    error = await child.end()
+
+    assert (error is None) if ends else isinstance(error, SessionBusyError)
+
+
 async def test_unit_whose_turn_never_comes(databases):
     """Units that wait for each other end with an error that names real commits, after ``drain_timeout`` (P12)."""
     db = databases.connect(await databases.database("first"), "db", drain_timeout=0.05)

@@ -103,10 +103,13 @@ async def put_savepoint_session_in_ctx(connect: DBConnect[S], session: S) -> Asy
     turns = Turns(connect, await session.connection(), maker, unit)
     unit.turns = {**(unit.turns or {}), connect.context_key: turns}
     slot = unit.put(connect, turns.new_session(), host=turns.host)
-    slot.share(Place(turns, unit))
+    place = Place(turns, unit)
+    slot.share(place)
     try:
         yield slot.session  # type: ignore[misc]
     finally:
+        if place.is_taken() and not await slot.idle(slot.patience):
+            await place.clear()  # or the rollback of the test's transaction meets a statement of theirs
         unit.turns.pop(connect.context_key, None)
         if unit.slots.pop(connect.context_key, None) is slot:
             await _commit.end([slot])
