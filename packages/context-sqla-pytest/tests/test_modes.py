@@ -97,7 +97,9 @@ def test_overlapping_units_are_told_to_commit_for_real(project):
 
 def test_fixtures_write_in_the_transaction(each_project):
     """What the test's own fixtures write is there for the application, and gone for the next test (P12)."""
-    each_project.add("conftest", """
+    each_project.add(
+        "conftest",
+        """
         from context_sqla import db_session
         from application import User, db
 
@@ -109,7 +111,8 @@ def test_fixtures_write_in_the_transaction(each_project):
         @pytest_asyncio.fixture(autouse=True)
         async def bob():
             (await db_session(db)).add(User(name="Bob"))
-    """)
+    """,
+    )
     each_project.tests("""
         async def test_with(ada, client):
             assert (await client.get("/users")).json() == ["Ada", "Bob"]
@@ -179,16 +182,22 @@ def test_real_commits_empty_what_was_written_to(each_project):
 def test_several_connects(each_project):
     """Each connect has its shared transaction, or its tables emptied; the fixture gives a session of each (P9, P12)."""
     each_project.replace("application:db", "application:db\n    application:other")
-    each_project.add("application", """
+    each_project.add(
+        "application",
+        """
         other = DBConnect.from_url(os.environ["DATABASE_URL"].replace("test.db", "other.db"), name="other")
-    """)
-    each_project.add("conftest", """
+    """,
+    )
+    each_project.add(
+        "conftest",
+        """
         @pytest_asyncio.fixture(autouse=True)
         async def tables_of_the_other(context_sqla_url):
             from application import Base, other
             async with (await other.session_maker()).kw["bind"].begin() as connection:
                 await connection.run_sync(Base.metadata.create_all)
-    """)
+    """,
+    )
     each_project.tests("""
         async def both():
             (await db_session(db)).add(User(name="in db"))
@@ -329,7 +338,9 @@ def test_tests_that_ask_for_nothing_are_left_alone(project):
 def test_connects_of_a_fixture(project):
     """A project may make its connects in a fixture of its own, from the URL of the tests' database."""
     project.replace("context_sqla_connects =\n    application:db\n", "")
-    project.add("conftest", """
+    project.add(
+        "conftest",
+        """
         from context_sqla import DBConnect
 
         @pytest.fixture(scope="session")
@@ -339,7 +350,8 @@ def test_connects_of_a_fixture(project):
         @pytest.fixture(scope="session")
         def context_sqla_connects(own):
             return [own]
-    """)
+    """,
+    )
     project.tests("""
         async def test_it(own, context_sqla_session):
             context_sqla_session.add(User(name="a"))
@@ -352,7 +364,9 @@ def test_connects_of_a_fixture(project):
 
 def test_schema_of_a_hook(project):
     """A hook makes the tables, once, outside of event loops: Alembic's ``command.upgrade`` works in it."""
-    project.add("conftest", """
+    project.add(
+        "conftest",
+        """
         import asyncio
         import pathlib
         from sqlalchemy import text
@@ -367,7 +381,8 @@ def test_schema_of_a_hook(project):
 
             asyncio.run(upgrade())
             return True
-    """)
+    """,
+    )
     project.tests("""
         @pytest.mark.parametrize("number", [1, 2])
         async def test_it(context_sqla_session, number):

@@ -46,7 +46,7 @@ class Leaks:
             (Pool, "checkout", self._checked_out),
             (Pool, "checkin", self._checked_in),
             (Pool, "detach", self._checked_in),
-            (Session, "after_begin", self._after_begin),
+            (Session, "after_transaction_create", self._after_transaction_create),
             (Session, "after_transaction_end", self._after_transaction_end),
         ]
         for listener in listeners:
@@ -89,8 +89,8 @@ class Leaks:
     def _checked_in(self, dbapi: Any, record: Any) -> None:
         self._out.pop(record, None)
 
-    def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-        if connection in self._shared and session not in self._own and session not in self._begun:
+    def _after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.parent is None and session.bind in self._shared and session not in self._own:
             self._begun[session] = Opened("a transaction is open", unit_label(), caller())
 
     def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:

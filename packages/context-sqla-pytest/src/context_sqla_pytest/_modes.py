@@ -69,7 +69,7 @@ class Stage:
     @asynccontextmanager
     async def _shared(self, connects: Connects, leak_check: bool) -> AsyncIterator[Sessions]:
         found: list[Opened] = []
-        async with AsyncExitStack() as stack:
+        async with _told(found), AsyncExitStack() as stack:
             stack.enter_context(_patience(connects))
             outer = [(connect, await stack.enter_async_context(rollback_session(connect))) for connect in connects]
             await stack.enter_async_context(set_test_context())
@@ -81,7 +81,7 @@ class Stage:
             self.leaks.begin(filter(None, shared), (session.sync_session for session in sessions.values()))
             self.writes.begin()
             yield sessions
-            found = await self.leaks.settled(_LEAK_GRACE) if leak_check else []
+            found += await self.leaks.settled(_LEAK_GRACE) if leak_check else []
             for connect in connects if found else ():
                 connect.drain_timeout = 0  # it would be waited for in vain
         self._give_up(connects, found)
@@ -132,6 +132,17 @@ def _patience(connects: Connects) -> Iterator[None]:
     finally:
         for connect, seconds in before:
             connect.drain_timeout = seconds
+
+
+@asynccontextmanager
+async def _told(found: Sequence[Opened]) -> AsyncIterator[None]:
+    """Let what was left open explain an error of the rollback, which it stands in the way of."""
+    try:
+        yield
+    except Exception as exc:
+        if found:
+            exc.add_note(report(found))
+        raise
 
 
 def _complain(found: Sequence[Opened]) -> None:
