@@ -206,3 +206,10 @@ def _project(pytester, postgresql):
 def _each_project(pytester, url):
     """A project whose tests run on each database."""
     return Project(pytester, url)
+
+
+@pytest.fixture(name="own")
+def _own(pytester, monkeypatch):
+    """A project without a URL: its tests, which run in a process of their own, get a server of their own."""
+    monkeypatch.delenv("CONTEXT_SQLA_URL", raising=False)
+    return Project(pytester, None)
