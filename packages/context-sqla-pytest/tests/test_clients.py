@@ -223,4 +223,6 @@ def test_shared_transaction(project, row):
         result.assert_outcomes(passed=2)
     else:
         result.assert_outcomes(failed=2)
-        result.stdout.fnmatch_lines(["*call it through httpx.ASGITransport(app) in the test's own loop, or test with real commits*"])
+        result.stdout.fnmatch_lines(
+            ["*call it through httpx.ASGITransport(app) in the test's own loop, or test with real commits*"]
+        )

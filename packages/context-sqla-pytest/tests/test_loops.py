@@ -40,11 +40,14 @@ def test_loop_of_pytest_asyncio(each_project, scope, how):
         """
     )
     if how == "marker":  # pytest-asyncio runs a fixture in one loop, whatever the test's
-        each_project.add("conftest", f"""
+        each_project.add(
+            "conftest",
+            """
             @pytest_asyncio.fixture
             def client():
                 return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
-        """)
+        """,
+        )
     else:
         each_project.replace("asyncio_default_fixture_loop_scope = function", f"asyncio_default_fixture_loop_scope = {scope}")
 
