@@ -93,11 +93,9 @@ def test_example(project, name):
     project.replace("application:db", "app:db")
     project.replace("application:Base", "app:Base")
     project.replace("pythonpath = .", f"pythonpath = {EXAMPLES / name}")
-    # pytester forgets the module of the application before it ends, with its temporary folder.
-    project.replace(
-        "filterwarnings = error",
-        "filterwarnings = error\n    default::ResourceWarning\n    default::pytest.PytestUnraisableExceptionWarning",
-    )
     project.pytester.makepyfile(conftest="", test_it=TESTS)
 
-    project.run().assert_outcomes(passed=12)
+    # In a process of its own: pytester would forget the application's module before it ends, with its temporary folder.
+    result = project.pytester.runpytest_subprocess(f"--context-sqla-url={project.url}", timeout=300)
+
+    result.assert_outcomes(passed=12)
