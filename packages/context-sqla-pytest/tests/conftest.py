@@ -1,6 +1,7 @@
 """Projects whose tests the plugin runs: an application with its models, on a database of their own."""
 
 import itertools
+import os
 import textwrap
 
 # pytester forgets what was imported in a run: import here what cannot, or should not, be imported anew in each of them.
@@ -180,11 +181,18 @@ class Project:
         return self.pytester.runpytest_inprocess(f"--context-sqla-url={self.url}", *arguments)
 
 
+@pytest.fixture(name="alone", autouse=True)
+def _alone(monkeypatch):
+    """The runs below are no workers of pytest-xdist, also where this test is one's."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(name="postgresql")
 def _postgresql(context_sqla_url):
     """A database without tables, on the server that the plugin starts for our own tests."""
     server = make_url(context_sqla_url)
-    name = f"inner_{next(_numbers)}"
+    name = f"inner_{os.getpid()}_{next(_numbers)}"
     run_apart(lambda: _execute(server, f"CREATE DATABASE {name}"))
     yield server.set(database=name).render_as_string(hide_password=False)
     run_apart(lambda: _execute(server, f"DROP DATABASE {name} WITH (FORCE)"))

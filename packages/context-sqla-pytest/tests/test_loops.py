@@ -19,8 +19,7 @@ WORK = """
 """
 
 
-@pytest.mark.parametrize("how", ["marker", "ini"])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("scope", "how"), [*((scope, "marker") for scope in SCOPES), ("session", "ini")])
 def test_loop_of_pytest_asyncio(each_project, scope, how):
     """Both modes, one after the other, in a loop of each scope: nothing is attached to a different loop."""
     if how == "ini":

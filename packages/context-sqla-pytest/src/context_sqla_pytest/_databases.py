@@ -34,6 +34,7 @@ class Databases:
     def __init__(self, given: str | None) -> None:
         self._given = make_url(given) if given else None
         self._worker = os.environ.get("PYTEST_XDIST_WORKER")
+        self._key = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # what the workers of a run have in common
         self._run: Run | None = None
         self._url: URL | None = None
         self._dropped: list[str] = []  # databases of ours on a server that is not
@@ -72,7 +73,7 @@ class Databases:
             self._execute(f"CREATE DATABASE {_quoted(url)}")
             create_schema(_shown(url))
             return
-        template = url.set(database=f"{self._given.database if self._given else 'test'}_{_suffix()}template")
+        template = url.set(database=f"{self._given.database if self._given else 'test'}_{self._suffix}template")
         with run.once("template") as first:
             if first:
                 self._execute(f"CREATE DATABASE {_quoted(template)}")
@@ -118,7 +119,7 @@ class Databases:
             return self._given
         if self._given.get_backend_name() != "postgresql":
             raise pytest.UsageError("context-sqla: a database for each worker is made on PostgreSQL and SQLite only")
-        return self._given.set(database=f"{self._given.database}_{_suffix()}{self._worker}")
+        return self._given.set(database=f"{self._given.database}_{self._suffix}{self._worker}")
 
     def _sqlite(self, given: URL) -> URL:
         """Return a file: a database in memory would be another one in every event loop."""
@@ -126,6 +127,11 @@ class Databases:
             return given.set(database=str(self._joined().folder / f"{self._worker or 'test'}.db"))
         path = Path(given.database or "")
         return given.set(database=str(path.with_stem(f"{path.stem}_{self._worker}"))) if self._worker else given
+
+    @property
+    def _suffix(self) -> str:
+        """What tells the databases of runs apart that use one server at the same time."""
+        return f"{self._key[:8]}_" if self._key else ""
 
     def _is_ours(self) -> bool:
         return self._given is None or self._worker is not None
@@ -136,7 +142,7 @@ class Databases:
                 raise pytest.UsageError("context-sqla: on Windows pass --context-sqla-url with a database that exists")
             from ._run import Run
 
-            self._run = Run(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}-{secrets.token_hex(4)}")
+            self._run = Run(self._key or f"{os.getpid()}-{secrets.token_hex(4)}")
             self._run.join()
         return self._run
 
@@ -175,12 +181,6 @@ def _driver() -> str:
         if importlib.util.find_spec(module) is not None:
             return driver
     raise pytest.UsageError("context-sqla: no driver for the embedded PostgreSQL: pip install asyncpg, or psycopg")
-
-
-def _suffix() -> str:
-    """Tell the databases of runs apart that use one server at the same time."""
-    uid = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    return f"{uid[:8]}_" if uid else ""
 
 
 def _shown(url: URL) -> str:
