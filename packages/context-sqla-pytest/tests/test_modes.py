@@ -391,3 +391,18 @@ def test_schema_of_a_hook(project):
     """)
 
     project.run().assert_outcomes(passed=2)
+
+
+def test_psycopg(project):
+    """Both ways work with the other driver of PostgreSQL too."""
+    project.url = project.url.replace("+asyncpg", "+psycopg")
+    project.tests("""
+        @pytest.mark.parametrize("mode", [pytest.param(mode, marks=pytest.mark.context_sqla(mode)) for mode in ("shared", "real") * 2])
+        async def test_it(client, context_sqla_session, mode):
+            assert (await client.post("/users?name=a")).status_code == 201
+            with pytest.raises(Exception, match="violates foreign key"):
+                await client.post("/letters?user_id=500")
+            assert await context_sqla_session.scalar(select(User.name)) == "a"
+    """)
+
+    project.run().assert_outcomes(passed=4)

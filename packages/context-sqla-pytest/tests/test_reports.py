@@ -248,3 +248,12 @@ def test_what_there_is_can_be_asked_for(project):
     header.stdout.fnmatch_lines_random(["*--context-sqla-url=URL*", "*context_sqla_connects (linelist):*"])
     run.stdout.fnmatch_lines(["context-sqla: postgresql, as given"])
     assert project.url.split(":")[2].split("@")[0] not in run.stdout.str()
+
+
+def test_old_pytest_asyncio(project, monkeypatch):
+    """One whose tests do not see what fixtures set is refused, and told the version that does."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.24.0")
+
+    result = project.run()
+
+    result.stderr.fnmatch_lines(["*needs pytest-asyncio 0.25 or newer, this is 0.24.0"])

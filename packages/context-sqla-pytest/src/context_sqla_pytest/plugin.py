@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ _MARKER = (
     "('shared'), with real commits whose tables are emptied afterwards ('real'), or as if the plugin were not there ('off'); "
     "leak_check=False lets it leave connections open."
 )
+_PYTEST_ASYNCIO = (0, 25)  # the first one whose tests see the context variables of their fixtures
 _databases = pytest.StashKey[Databases]()
 _stage = pytest.StashKey[Stage]()
 _clean_up = pytest.StashKey[ExitStack]()
@@ -70,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stage] = stage
     _default_mode(config)  # a wrong one is told here
     if config.pluginmanager.has_plugin("asyncio"):
+        found = metadata.version("pytest-asyncio")
+        if tuple(map(int, found.split(".")[:2])) < _PYTEST_ASYNCIO:
+            raise pytest.UsageError(f"context-sqla needs pytest-asyncio 0.25 or newer, this is {found}")
         from . import _asyncio
 
         config.pluginmanager.register(_asyncio, "context_sqla_asyncio")
