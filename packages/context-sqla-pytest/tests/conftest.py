@@ -180,6 +180,10 @@ class Project:
         """Run them and return the result; what they printed is in `result.stdout`."""
         return self.pytester.runpytest_inprocess(f"--context-sqla-url={self.url}", *arguments)
 
+    def run_apart(self, *arguments):
+        """Run them in a process of their own: what they leave open would disturb the next run in this one."""
+        return self.pytester.runpytest_subprocess(f"--context-sqla-url={self.url}", *arguments, timeout=300)
+
 
 @pytest.fixture(name="alone", autouse=True)
 def _alone(monkeypatch):

@@ -127,13 +127,18 @@ PROTECTIONS = {
     ),
     "leaks are found": Protection(
         """
-        @pytest.mark.context_sqla
-        async def test_it(client):
-            await client.post("/leak")
+        pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.context_sqla]
+
+        async def test_leaves():
+            kept.append(await db.create_session())
+            await kept[0].connection()
+
+        async def test_closes():
+            await kept.pop().close()
         """,
-        {"passed": 1, "errors": 1},
+        {"passed": 2, "errors": 1},
         lambda patch: patch.setattr(_leaks.Leaks, "found", lambda leaks: []),
-        {"passed": 1},
+        {"passed": 2},
     ),
     "statements are counted": Protection(
         """

@@ -30,7 +30,7 @@ def test_leak_names_the_request_and_the_line(project, mode, request_line):
             assert (await client.post("/users?name=a")).status_code == 201
     """)
 
-    result = project.run("-p", "no:unraisableexception", "-p", "no:threadexception")
+    result = project.run_apart("-p", "no:unraisableexception", "-p", "no:threadexception")
 
     result.assert_outcomes(passed=2, errors=1)
     what, where, source = LEAKS[request_line]
@@ -84,7 +84,7 @@ def test_leak_check_can_be_switched_off(project):
             await kept.pop().close()
     """)
 
-    project.run("-p", "no:unraisableexception").assert_outcomes(passed=3, errors=1)
+    project.run_apart("-p", "no:unraisableexception").assert_outcomes(passed=3, errors=1)
 
 
 def test_query_count_lists_the_statements(project):

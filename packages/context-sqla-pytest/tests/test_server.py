@@ -33,16 +33,11 @@ def seen(project):
     return {name for name, _ in places}, {folder for _, folder in places}
 
 
-def runs():
-    """Return the folders that runs of pytest share."""
-    return set(Path(tempfile.gettempdir()).glob("context-sqla-pytest-*"))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_embedded_server(own, workers):
+def test_embedded_server(own, workers, tmp_path, monkeypatch):
     """One server for all workers, a database for each, and nothing of it is left."""
     own.tests(TESTS)
-    before = runs()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     result = own.pytester.runpytest_subprocess(f"-n{workers}", "--dist=each" if workers else "-v", timeout=300)
 
@@ -51,7 +46,7 @@ def test_embedded_server(own, workers):
     assert databases == ({"test_gw0", "test_gw1"} if workers else {"test"})
     assert len(folders) == 1
     assert not Path(folders.pop()).exists()
-    assert runs() <= before
+    assert list(tmp_path.glob("context-sqla-pytest-*")) == []
 
 
 def test_killed_run_leaves_no_server(own):
