@@ -134,7 +134,7 @@ PROTECTIONS = {
             await kept[0].connection()
 
         async def test_closes():
-            await kept.pop().close()
+            await kept.pop().invalidate()
         """,
         {"passed": 2, "errors": 1},
         lambda patch: patch.setattr(_leaks.Leaks, "found", lambda leaks: []),
