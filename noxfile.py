@@ -31,6 +31,7 @@ PACKAGES = [
     "context-sqla-quart",
     "context-sqla-aiohttp",
     "context-sqla-sanic",
+    "context-sqla-pytest",
 ]
 # What each framework's adapter needs of this workspace; its sessions install nothing else of it.
 FRAMEWORKS = {
@@ -42,6 +43,7 @@ FRAMEWORKS = {
     "aiohttp": ["context-sqla", "context-sqla-asgi", "context-sqla-aiohttp"],  # the suite itself needs asgi
     "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],
 }
+PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
 RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
@@ -66,6 +68,7 @@ def tests(session: nox.Session) -> None:
     for python in PYTHONS:
         session.notify(f"unit-{python}")
     session.notify("sqlalchemy-2.0")
+    session.notify("plugin")
     session.notify("examples")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
@@ -123,9 +126,16 @@ def build(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["ci"])
 def unit(session: nox.Session) -> None:
-    """Run the unit tests of all packages, on every Python that is installed."""
+    """Run the unit tests of all packages but the pytest plugin's, on every Python that is installed."""
     install(session, "test", packages=PACKAGES)
-    session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
+    session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES if name != PYTEST), *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def plugin(session: nox.Session) -> None:
+    """Run the tests of the pytest plugin, each of which is a run of pytest, on the Python that nox runs on."""
+    install(session, "test", packages=PACKAGES)
+    session.run("pytest", f"packages/{PYTEST}/tests", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session(name="sqlalchemy-2.0", tags=["ci"])

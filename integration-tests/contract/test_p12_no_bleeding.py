@@ -798,8 +798,28 @@ async def test_hooks_of_the_lifespan_join(serve, db, ledger):
     assert await ledger.names() == []
 
 
-async def test_deferred_constraint_is_the_tests_affair(serve, db):
-    """A savepoint checks no deferred constraint: only a real commit does, and the docs of testing say so (P12)."""
+@pytest.mark.postgresql
+async def test_deferred_constraint_fails_at_the_commit_of_the_application(serve, db):
+    """It is checked although nothing is committed, the request is rolled back, and the next one works (P4, P12)."""
+
+    async def handler(request):
+        await insert(db, request.query["name"])
+        if request.query["name"] == "orphan":
+            await insert_orphan(db)
+        return Answer(201)
+
+    service = await serve(handler)
+    async with shared(db) as session:
+        answers = [await service.post(f"/?name={name}") for name in ("a", "orphan", "b")]
+        seen = await seen_by(session)
+
+    assert [answer.status for answer in answers] == [201, 500, 201]
+    assert seen == ["a", "b"]
+
+
+@pytest.mark.sqlite
+async def test_deferred_constraint_of_sqlite_is_the_tests_affair(serve, db):
+    """SQLite checks it at a real commit only, and the docs of testing say so (P12)."""
 
     async def handler(request):
         await insert_orphan(db)

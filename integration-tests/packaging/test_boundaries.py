@@ -14,8 +14,9 @@ CORE = "context-sqla"
 NO_ADAPTERS = {CORE, "context-sqla-hosts", "context-sqla-pytest"}
 
 # Raised from 1,500: statements in flight (P7a), two phases (P9), savepoints of tests as a stack (P12), hosts (P13) and event loops
-# (P15) take about 180 lines each, and none of them can be left to an adapter.
-CORE_BUDGET = 2_600
+# (P15) take about 180 lines each, and none of them can be left to an adapter. Then by 60 for what tests of applications need of it:
+# deferred constraints, sessions outside of units, captured callbacks.
+CORE_BUDGET = 2_660
 CORE_MODULE_BUDGET = 300
 ADAPTER_BUDGET = 150
 LARGER_ADAPTER_BUDGETS = {"context-sqla-aiohttp": 200, "context-sqla-asgi": 200, "context-sqla-sanic": 200}

@@ -18,6 +18,7 @@ PUBLIC_MODULES = [
     "context_sqla_asgi",
     "context_sqla_fastapi",
     "context_sqla_litestar",
+    "context_sqla_pytest",
     "context_sqla_quart",
     "context_sqla_sanic",
     "context_sqla_starlette",

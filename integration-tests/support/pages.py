@@ -49,6 +49,7 @@ def _frameworks() -> str:
         [_title(name), f"`{_distribution(name)}`", _range(name), f"[docs](docs/how-to/{name}.md)"]
         for name in sorted(FRAMEWORKS, key=_by_popularity)
     ]
+    rows.append(["tests, with pytest", "`context-sqla-pytest`", "", "[docs](docs/how-to/testing.md)"])
     rows.append(["none: scripts, workers, CLIs", "`context-sqla`", "", "[docs](docs/how-to/scripts-and-workers.md)"])
     return _table(["framework", "distribution", "versions tested", "how to"], rows)
 

@@ -16,13 +16,21 @@ from context_sqla import (
     db_context,
     db_session,
     is_context_initiated,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
     on_commit,
     rollback_db_session,
     run_in_new_ctx,
     unit_of_work,
 )
 from context_sqla.adapters import Policy, Unit
-from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
+from context_sqla.testing import (
+    capture_on_commit,
+    put_savepoint_session_in_ctx,
+    rollback_session,
+    set_test_context,
+    unit_label,
+)
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -602,6 +610,20 @@ async def test_parent_whose_child_does_not_end(databases, how):
         assert "next" in await names(db)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+async def test_end_of_the_test_waits_for_units(databases, ends):
+    """The shared transaction ends after the units in it, also where the test itself has not used it; late ones are refused (P12)."""
+    db = databases.connect(await databases.database("first"), "db", drain_timeout=10 if ends else 0.05)
+    child = Child(db)
+    async with shared(db):
+        await child.start()
+        if ends:
+            asyncio.get_running_loop().call_soon(child.go_on.set)
+    error = await child.end()
+
+    assert (error is None) if ends else isinstance(error, SessionBusyError)
+
+
 async def test_unit_whose_turn_never_comes(databases):
     """Units that wait for each other end with an error that names real commits, after ``drain_timeout`` (P12)."""
     db = databases.connect(await databases.database("first"), "db", drain_timeout=0.05)
@@ -615,6 +637,58 @@ async def test_unit_whose_turn_never_comes(databases):
         with pytest.raises(SessionBusyError, match=r"'db'.*real commits"):
             await run_in_new_ctx(outer)
         assert await names(db) == []
+
+
+async def test_sessions_outside_of_units_share_too(db, ledger):
+    """``new_non_ctx_session`` sees the test's rows, and what it commits is gone with them (P12)."""
+    async with shared(db) as session:
+        await insert(db, "test")
+        async with db_context():
+            await insert(db, "unit")
+            async with new_non_ctx_session(db) as own:
+                assert await seen_by(own) == ["test", "unit"]
+                own.add(Item(name="kept"))
+                await own.commit()
+                own.add(Item(name="dropped"))
+                await own.flush()
+            async with new_non_ctx_atomic_session(db) as own:
+                own.add(Item(name="atomic"))
+            await insert(db, "goes on")
+        assert await seen_by(session) == ["atomic", "goes on", "kept", "test", "unit"]
+
+    assert await ledger.names() == []
+
+
+async def test_session_outside_of_units_has_the_connection(db):
+    """While it is open, a statement of the unit around it is refused, as below a unit of its own (P12)."""
+    async with shared(db):
+        async with db_context():
+            session = await db_session(db)
+            async with new_non_ctx_session(db):
+                with pytest.raises(SessionBusyError, match=r"'db'.*needs real commits"):
+                    await session.execute(text("SELECT 1"))
+            await session.execute(text("SELECT 1"))
+
+
+async def test_atomic_session_outside_of_units_rolls_back(db):
+    """An error takes back what it wrote, and no more (P12)."""
+    async with shared(db):
+        await insert(db, "test")
+        with pytest.raises(Boom):
+            async with new_non_ctx_atomic_session(db) as own:
+                own.add(Item(name="dropped"))
+                await own.flush()
+                raise Boom
+        assert await names(db) == ["test"]
+
+
+async def test_session_outside_of_units_of_a_connect_that_does_not_share(db, other, other_ledger):
+    """A connect without savepoints is as it is outside of tests (P12)."""
+    async with shared(db):
+        async with new_non_ctx_atomic_session(other) as own:
+            own.add(Item(name="a"))
+
+    assert await other_ledger.names() == ["a"]
 
 
 async def test_hook_can_refuse_in_the_shared_transaction(db):
@@ -695,6 +769,53 @@ async def test_callback_of_a_commit_by_hand_may_use_the_shared_transaction(db):
     async with shared(db):
         await asyncio.wait_for(run_in_new_ctx(work), 10)
         assert await names(db) == ["a", "b", "callback"]
+
+
+# capture_on_commit, unit_label
+
+
+@pytest.mark.parametrize("way", ["shared", "real"])
+@pytest.mark.parametrize("execute", [False, True])
+async def test_captured_callbacks_run_only_when_told_so(db, way, execute):
+    """Those that come due are collected; what a rollback drops never is (P14)."""
+    ran = []
+
+    async def work(name, error=None):
+        await insert(db, name)
+        on_commit(lambda: ran.append(name))
+        on_commit(lambda: ran.append(name), connect=db)
+        if error is not None:
+            raise error
+
+    async with shared(db) if way == "shared" else contextlib.nullcontext():
+        with capture_on_commit(execute=execute) as outer:
+            with capture_on_commit(execute=True) as inner:
+                await run_in_new_ctx(work, "a")
+                with pytest.raises(Boom):
+                    await run_in_new_ctx(work, "b", Boom())
+            await run_in_new_ctx(work, "c")
+        await run_in_new_ctx(work, "d")
+
+    assert ran == (["a", "a", "c", "c", "d", "d"] if execute else ["d", "d"])
+    assert (len(inner), len(outer)) == (2, 4)
+    assert all(map(callable, outer))
+
+
+async def test_label_of_the_unit_that_is_open():
+    """Reports name the application's unit; outside, and in the test's own, there is none (P12)."""
+    labels = [unit_label()]
+    async with set_test_context():
+        labels.append(unit_label())
+        async with db_context():
+            labels.append(unit_label())
+        unit = Unit.enter(label=lambda: "POST /users")
+        labels.append(unit_label())
+        await unit.close()
+
+    assert labels == [None, None, "a unit of work", "POST /users"]
+
+
+# Transactions by hand
 
 
 async def test_atomic_block_in_the_shared_transaction(db):

@@ -12,6 +12,17 @@ TIMERS = Context()
 _test_units: list[Any] = []
 
 
+# What tests capture of the on-commit callbacks, and whether these run all the same.
+captures: list[tuple[list[Any], bool]] = []
+
+
+def is_captured(callback: Any) -> bool:
+    """Give a callback that is due to the tests that capture, and return whether it shall not run."""
+    for captured, _ in captures:
+        captured.append(callback)
+    return not all(execute for _, execute in captures)
+
+
 def any_test_unit() -> bool:
     """Return whether a test has opened a context to be joined (never, in production)."""
     return bool(_test_units)

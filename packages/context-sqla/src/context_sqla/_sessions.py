@@ -136,13 +136,21 @@ async def atomic_db_session(
 
 @asynccontextmanager
 async def new_non_ctx_session(connect: DBConnect[S]) -> AsyncIterator[S]:
-    """Give a session of its own, outside every unit: closed at the end, not committed."""
-    session = await connect.create_session()
+    """Give a session of its own, outside every unit: closed at the end, not committed.
+
+    In a test that shares one transaction it works in that one too, inside the unit that is open here (P12).
+    """
+    place = await Unit().take_place(connect)
+    session: S = await connect.create_session() if place is None else place.new_session()
     session.sync_session.info[KEY] = Lines()
     try:
         yield session
     finally:
-        await _settle_within(connect.cleanup_timeout, session, session.close, again=True)
+        try:
+            await _settle_within(connect.cleanup_timeout, session, session.close, again=True)
+        finally:
+            if place is not None:
+                place.give_back()
 
 
 @asynccontextmanager

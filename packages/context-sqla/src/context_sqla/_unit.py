@@ -13,6 +13,7 @@ from typing import Any
 
 from . import _commit, _context
 from ._callbacks import Callback
+from ._connect import DBConnect
 from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
 from ._policy import DEFAULT_POLICY, Policy
 from ._settle import hold, logger, settle
@@ -177,6 +178,8 @@ class Unit(Container):
 
     async def run_callback(self, callback: Callback) -> None:
         """Run a callback in a unit of its own; its error is logged and changes nothing else (P14)."""
+        if _context.is_captured(callback):
+            return
         try:
             async with new_unit():
                 result = callback()
@@ -187,6 +190,13 @@ class Unit(Container):
             if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
             logger.exception("An error in an on_commit callback")
+
+    async def take_place(self, connect: DBConnect[Any]) -> Any:
+        """Return a place in the transaction of a test for a session that is no unit's, None where there is none (P12)."""
+        if _context.any_test_unit():
+            self._join()
+        turn = (self._test().turns or {}).get(connect.context_key) if self.joined else None
+        return None if turn is None else await turn.take(self)
 
     async def commit(self) -> None:
         """Commit every session, by hand."""

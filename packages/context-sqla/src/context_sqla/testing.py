@@ -12,23 +12,25 @@ async def shared_transaction(session):
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from . import _commit
 from ._connect import DBConnect
 from ._container import Container
-from ._context import clear_test_context, current, set_test_unit
+from ._context import captures, clear_test_context, current, set_test_unit
 from ._refusal import REAL_COMMITS
 from ._settle import settle
 from ._slot import Slot
 from ._unit import Unit
 from .errors import ContextNotInitiatedError, SessionBusyError
 
-__all__ = ["put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
+__all__ = ["capture_on_commit", "put_savepoint_session_in_ctx", "rollback_session", "set_test_context", "unit_label"]
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -101,13 +103,41 @@ async def put_savepoint_session_in_ctx(connect: DBConnect[S], session: S) -> Asy
     turns = Turns(connect, await session.connection(), maker, unit)
     unit.turns = {**(unit.turns or {}), connect.context_key: turns}
     slot = unit.put(connect, turns.new_session(), host=turns.host)
-    slot.share(Place(turns, unit))
+    place = Place(turns, unit)
+    slot.share(place)
     try:
         yield slot.session  # type: ignore[misc]
     finally:
+        if place.is_taken() and not await slot.idle(slot.patience):
+            await place.clear()  # or the rollback of the test's transaction meets a statement of theirs
         unit.turns.pop(connect.context_key, None)
         if unit.slots.pop(connect.context_key, None) is slot:
             await _commit.end([slot])
+
+
+@contextmanager
+def capture_on_commit(*, execute: bool = False) -> Iterator[list[Callable[[], Any]]]:
+    """Collect the `on_commit` callbacks that come due inside the block, instead of running them (P14).
+
+    Gives the list of them, in the order in which they would have run. A rollback drops callbacks as ever: they never come due.
+
+    Args:
+        execute: run them as well.
+    """
+    entry: tuple[list[Any], bool] = ([], execute)
+    captures.append(entry)
+    try:
+        yield entry[0]
+    finally:
+        captures[:] = [other for other in captures if other is not entry]
+
+
+def unit_label() -> str | None:
+    """Return what the application's unit that is open here is called, such as "POST /users"; None outside and in a test's."""
+    unit: Unit | None = current.get()
+    if unit is None or unit.joinable:
+        return None
+    return unit.label() if unit.label is not None else "a unit of work"
 
 
 class Turns:
@@ -168,6 +198,10 @@ class Place:
         self._turns = turns
         self._unit = unit
 
+    def new_session(self) -> AsyncSession:
+        """Make a session for this place that is no unit's."""
+        return self._turns.new_session()
+
     def is_taken(self) -> bool:
         """Return whether a unit inside this one has the connection now."""
         return self._turns.stack[-1] is not self._unit
@@ -208,4 +242,21 @@ def _savepoint_session(maker: async_sessionmaker[Any], connection: AsyncConnecti
     options: dict[str, Any] = {"bind": connection, "join_transaction_mode": "create_savepoint", "twophase": False}
     if binds:
         options["binds"] = binds
-    return maker(**options)
+    session = maker(**options)
+    if connection.dialect.name == "postgresql":
+        event.listen(session.sync_session, "before_commit", _check_deferred_constraints)
+    return session
+
+
+def _check_deferred_constraints(session: Session) -> None:
+    """Let a deferred constraint fail where the COMMIT would fail that never comes in a test (P4, P12)."""
+    if session.in_nested_transaction():
+        return
+    session.flush()
+    connection = session.connection()
+    savepoint = connection.begin_nested()
+    try:
+        connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
+    finally:
+        # Not SET CONSTRAINTS ALL DEFERRED: that would defer also what is initially immediate.
+        savepoint.rollback()
