@@ -1,7 +1,9 @@
 """What is asked of drivers: which package to install, and the state of a connection."""
 
 import asyncio
+import queue
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +187,37 @@ def test_connection_that_is_still_busy_after_a_cancelled_statement_is_not_kept(s
     """psycopg before 3.3.9 that is cancelled a second time stops ending its statement: a rollback would be refused (P7)."""
     assert drivers.will_roll_back(_Psycopg(status)) is expected
     assert drivers.will_roll_back(_Psycopg(status, closed=True)) is False
+
+
+class _Thread(threading.Thread):
+    """A connection of aiosqlite before 0.22: a thread, whose ``close`` asks it to close, and to end when that is over."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.asked = queue.SimpleQueue()
+        self.done = []
+
+    def run(self):
+        while (item := self.asked.get()) is not None:
+            self.done.append(item)
+
+    async def close(self):
+        try:
+            self.asked.put("close")
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.asked.put(None)
+
+
+@pytest.mark.parametrize("end", [drivers.discard, drivers.drop])
+async def test_thread_without_stop_closes_its_file_and_ends(end):
+    """What an older aiosqlite has left in a loop that is gone, or opened for nobody, is closed all the same (P15)."""
+    connection = _Thread()
+    connection.start()
+    end(connection)
+    await asyncio.to_thread(connection.join, 10)
+
+    assert (connection.done, connection.is_alive()) == (["close"], False)
 
 
 def test_unknown_driver_loses_a_refinement_only():

@@ -187,8 +187,8 @@ def discard(connection: Any) -> None:
     """End a connection that nobody uses, and free what it holds."""
     if hasattr(connection, "pgconn"):
         connection.pgconn.finish()
-    elif hasattr(connection, "stop"):
-        connection.stop()
+    elif thread_of(connection) is not None:
+        _stop(connection)
     else:
         cut(connection)
 
@@ -205,10 +205,21 @@ def drop(connection: Any) -> None:
             sock.close()
             with contextlib.suppress(AttributeError):
                 transport._sock = None  # type: ignore[union-attr]
-    elif hasattr(connection, "stop"):
+    elif (thread := thread_of(connection)) is not None:
+        _stop(connection)
+        thread.join()
+
+
+def _stop(connection: Any) -> None:
+    """Let the thread of an aiosqlite connection close its file and end, without awaiting it."""
+    if hasattr(connection, "stop"):
         connection.stop()
-        if (thread := getattr(connection, "_thread", None)) is not None:
-            thread.join()
+        return
+    # aiosqlite before 0.22: close() asks the thread to close before it awaits the answer, and to end once it is given up.
+    closing = connection.close()
+    with contextlib.suppress(StopIteration, ValueError, RuntimeError):
+        closing.send(None)
+    closing.close()
 
 
 def _shut(descriptor: int) -> None:
