@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from context_sqla import _drivers
 from packaging.requirements import Requirement
 from packaging.version import Version
 from uv import find_uv_bin
@@ -64,6 +65,16 @@ def test_metadata_is_complete(name):
 def test_the_lock_is_up_to_date():
     """Everybody tests the same versions."""
     assert uv("lock", "--check") == 0
+
+
+def test_errors_name_the_lowest_drivers_that_are_tested():
+    """Who installs what a `DriverError` says has a driver that keeps the promises."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    tested = {Requirement(text).name: Requirement(text) for text in groups["test"]}
+    named = {name: Requirement(text) for name, text in _drivers._PACKAGES.items() if name in tested}
+
+    assert named.keys() == {"aiosqlite", "asyncpg", "psycopg"}
+    assert named == {name: tested[name] for name in named}
 
 
 def test_the_installed_distributions_agree():

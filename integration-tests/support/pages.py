@@ -72,10 +72,12 @@ def _servers() -> str:
 
 def _databases() -> str:
     """What the connects of the tests lead to."""
-    dialects: dict[str, list[str]] = {}
-    for driver, dialect in DRIVERS.items():
-        dialects.setdefault(_DIALECTS[dialect], []).append(driver)
-    return _table(["database", "drivers"], [[dialect, ", ".join(drivers)] for dialect, drivers in dialects.items()])
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    rows = [
+        [_DIALECTS[dialect], driver, _declared(_range_of(driver, groups["test"]))[1], ", ".join(_locked(driver))]
+        for driver, dialect in DRIVERS.items()
+    ]
+    return _table(["database", "driver", "lowest tested", "newest tested"], rows)
 
 
 def _promise_table() -> str:
@@ -175,7 +177,12 @@ def _requirements() -> Iterator[tuple[str, str, str]]:
 
 def _needed(package: str, distribution: str) -> str:
     """Return the range in which a package needs a distribution, or nothing."""
-    for requirement in _project(package)["dependencies"]:
+    return _range_of(distribution, _project(package)["dependencies"])
+
+
+def _range_of(distribution: str, requirements: Iterable[str]) -> str:
+    """Return the range in which a distribution is wanted, or nothing."""
+    for requirement in requirements:
         name, ranges = re.split(r"(?:\[\w+\])?(?=[><=])", requirement, maxsplit=1)
         if name == distribution:
             return ranges

@@ -29,7 +29,7 @@ def test_what_is_out_of_date_is_said_or_written(tmp_path, monkeypatch, capsys):
         copy = tmp_path / page
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text((ROOT / page).read_text(encoding="utf-8").replace("| P20 Secrets | yes |", "| P20 Secrets | no |"))
-    for name in ("packages", "uv.lock", "docs/how-to", "docs/explanation"):
+    for name in ("packages", "pyproject.toml", "uv.lock", "docs/how-to", "docs/explanation"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setattr("support.pages.ROOT", tmp_path)
 

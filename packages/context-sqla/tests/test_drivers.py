@@ -1,7 +1,10 @@
 """What is asked of drivers: which package to install, and the state of a connection."""
 
 import asyncio
+import queue
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from context_sqla import ContextSqlaError, DBConnect, DriverError
@@ -27,10 +30,10 @@ async def _driver_connection(connection):
 @pytest.mark.parametrize(
     ("url", "module", "package"),
     [
-        ("postgresql+asyncpg://db1/shop", "asyncpg", "asyncpg"),
-        ("postgresql+psycopg://db1/shop", "psycopg", "psycopg[binary]"),
-        ("postgresql+psycopg_async://db1/shop", "psycopg", "psycopg[binary]"),
-        ("sqlite+aiosqlite:///shop.db", "aiosqlite", "aiosqlite"),
+        ("postgresql+asyncpg://db1/shop", "asyncpg", "asyncpg>=0.32"),
+        ("postgresql+psycopg://db1/shop", "psycopg", "psycopg[binary]>=3.3.6"),
+        ("postgresql+psycopg_async://db1/shop", "psycopg", "psycopg[binary]>=3.3.6"),
+        ("sqlite+aiosqlite:///shop.db", "aiosqlite", "aiosqlite>=0.20"),
         ("mysql+asyncmy://db1/shop", "asyncmy", "asyncmy"),
         ("mysql+aiomysql://db1/shop", "aiomysql", "aiomysql"),
         ("mariadb+asyncmy://db1/shop", "asyncmy", "asyncmy"),
@@ -53,8 +56,8 @@ def test_missing_driver_names_its_package(monkeypatch, url, module, package):
 @pytest.mark.parametrize(
     ("url", "name", "package"),
     [
-        ("postgresql+asyncpgg://db1/shop", "postgresql+asyncpg", "asyncpg"),
-        ("sqlite+aiosqlit:///shop.db", "sqlite+aiosqlite", "aiosqlite"),
+        ("postgresql+asyncpgg://db1/shop", "postgresql+asyncpg", "asyncpg>=0.32"),
+        ("sqlite+aiosqlit:///shop.db", "sqlite+aiosqlite", "aiosqlite>=0.20"),
         ("mysql+nosuch://db1/shop", "mysql+asyncmy", "asyncmy"),
         ("mariadb+nosuch://db1/shop", "mariadb+asyncmy", "asyncmy"),
         ("mssql+nosuch://db1/shop", "mssql+aioodbc", "aioodbc"),
@@ -74,8 +77,8 @@ def test_unknown_driver_names_a_known_one(url, name, package):
 @pytest.mark.parametrize(
     ("url", "name", "package"),
     [
-        ("postgresql+psycopg2://db1/shop", "postgresql+asyncpg", "asyncpg"),
-        ("sqlite+pysqlite:///shop.db", "sqlite+aiosqlite", "aiosqlite"),
+        ("postgresql+psycopg2://db1/shop", "postgresql+asyncpg", "asyncpg>=0.32"),
+        ("sqlite+pysqlite:///shop.db", "sqlite+aiosqlite", "aiosqlite>=0.20"),
         ("mysql+pymysql://db1/shop", "mysql+asyncmy", "asyncmy"),
         ("mssql+pyodbc://db1/shop", "mssql+aioodbc", "aioodbc"),
     ],
@@ -167,6 +170,54 @@ class _Status(_Unknown):
 
     def get_transaction_status(self):
         return self._status
+
+
+class _Psycopg:
+    """A connection of psycopg, in a state of libpq's: idle, active, in a transaction, in a failed one."""
+
+    IDLE, ACTIVE, INTRANS, INERROR = range(4)
+
+    def __init__(self, status, *, closed=False):
+        self.pgconn = SimpleNamespace(transaction_status=status)
+        self.closed = closed
+
+
+@pytest.mark.parametrize(("status", "expected"), [(_Psycopg.ACTIVE, False), (_Psycopg.INTRANS, True), (_Psycopg.INERROR, True)])
+def test_connection_that_is_still_busy_after_a_cancelled_statement_is_not_kept(status, expected):
+    """psycopg before 3.3.9 that is cancelled a second time stops ending its statement: a rollback would be refused (P7)."""
+    assert drivers.will_roll_back(_Psycopg(status)) is expected
+    assert drivers.will_roll_back(_Psycopg(status, closed=True)) is False
+
+
+class _Thread(threading.Thread):
+    """A connection of aiosqlite before 0.22: a thread, whose ``close`` asks it to close, and to end when that is over."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.asked = queue.SimpleQueue()
+        self.done = []
+
+    def run(self):
+        while (item := self.asked.get()) is not None:
+            self.done.append(item)
+
+    async def close(self):
+        try:
+            self.asked.put("close")
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.asked.put(None)
+
+
+@pytest.mark.parametrize("end", [drivers.discard, drivers.drop])
+async def test_thread_without_stop_closes_its_file_and_ends(end):
+    """What an older aiosqlite has left in a loop that is gone, or opened for nobody, is closed all the same (P15)."""
+    connection = _Thread()
+    connection.start()
+    end(connection)
+    await asyncio.to_thread(connection.join, 10)
+
+    assert (connection.done, connection.is_alive()) == (["close"], False)
 
 
 def test_unknown_driver_loses_a_refinement_only():

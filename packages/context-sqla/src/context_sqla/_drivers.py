@@ -16,14 +16,15 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from .errors import DriverError
 
+# With the lowest versions that are tested (the test group of the workspace), where there are such.
 _PACKAGES = {
     "aiomysql": "aiomysql",
     "aioodbc": "aioodbc",
-    "aiosqlite": "aiosqlite",
+    "aiosqlite": "aiosqlite>=0.20",
     "asyncmy": "asyncmy",
-    "asyncpg": "asyncpg",
+    "asyncpg": "asyncpg>=0.32",
     "oracledb": "oracledb",
-    "psycopg": "psycopg[binary]",
+    "psycopg": "psycopg[binary]>=3.3.6",
 }
 _ASYNC_DRIVERS = {
     "mariadb": "mariadb+asyncmy",
@@ -109,6 +110,9 @@ def will_roll_back(connection: Any) -> bool:
     """Return whether a rollback would reach the server after a cancelled statement."""
     if is_closed(connection):
         return False
+    if hasattr(connection, "pgconn"):
+        # psycopg before 3.3.9: cancelled again while it was ending the statement, it leaves the connection busy (1).
+        return int(connection.pgconn.transaction_status) != 1
     # asyncpg: a BEGIN that was cancelled may still be carried out, and SQLAlchemy sends no rollback for it.
     return not hasattr(connection, "is_in_transaction") or in_transaction(connection)
 
@@ -183,8 +187,8 @@ def discard(connection: Any) -> None:
     """End a connection that nobody uses, and free what it holds."""
     if hasattr(connection, "pgconn"):
         connection.pgconn.finish()
-    elif hasattr(connection, "stop"):
-        connection.stop()
+    elif thread_of(connection) is not None:
+        _stop(connection)
     else:
         cut(connection)
 
@@ -201,10 +205,21 @@ def drop(connection: Any) -> None:
             sock.close()
             with contextlib.suppress(AttributeError):
                 transport._sock = None  # type: ignore[union-attr]
-    elif hasattr(connection, "stop"):
+    elif (thread := thread_of(connection)) is not None:
+        _stop(connection)
+        thread.join()
+
+
+def _stop(connection: Any) -> None:
+    """Let the thread of an aiosqlite connection close its file and end, without awaiting it."""
+    if hasattr(connection, "stop"):
         connection.stop()
-        if (thread := getattr(connection, "_thread", None)) is not None:
-            thread.join()
+        return
+    # aiosqlite before 0.22: close() asks the thread to close before it awaits the answer, and to end once it is given up.
+    closing = connection.close()
+    with contextlib.suppress(StopIteration, ValueError, RuntimeError):
+        closing.send(None)
+    closing.close()
 
 
 def _shut(descriptor: int) -> None:
