@@ -19,7 +19,7 @@ nox.options.sessions = ["tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"]
+PACKAGES = ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi", "context-sqla-hosts"]
 # What each framework's adapter needs of this workspace; its sessions install nothing else of it.
 FRAMEWORKS = {
     "asgi": ["context-sqla", "context-sqla-asgi"],

@@ -16,6 +16,8 @@ PUBLIC_MODULES = [
     "context_sqla.testing",
     "context_sqla_asgi",
     "context_sqla_fastapi",
+    "context_sqla_hosts",
+    "context_sqla_hosts.errors",
     "context_sqla_starlette",
 ]
 # The first word of a docstring says what happens, to the one who makes it happen.
