@@ -185,19 +185,26 @@ class Node(Postgres):
 @contextlib.asynccontextmanager
 async def cluster(replicas: int = 2, *, settings: Mapping[str, str] | None = None) -> AsyncIterator[list[Node]]:
     """Make a primary and its replicas, streaming; kill and remove them at the end."""
-    nodes: list[Node] = []
     async with contextlib.AsyncExitStack() as stack:
-        for number in range(replicas + 1):
-            node = Node(f"node{number + 1}", nodes[0] if nodes else None, settings=settings)
-            await asyncio.to_thread(node.__enter__)
-            stack.push_async_callback(asyncio.to_thread, node.__exit__)
-            stack.callback(_kill, node)
-            nodes.append(node)
-            if number == 0:
-                roles = [f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'" for role in (MONITOR, PLAIN)]
-                await node.execute(*roles, f"GRANT pg_monitor TO {MONITOR}")
-        await nodes[0].streaming(replicas)
+        primary = Node("node1", settings=settings)
+        nodes = [primary, *(Node(f"node{number + 2}", primary, settings=settings) for number in range(replicas))]
+        await stack.enter_async_context(_started(primary))
+        roles = [f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'" for role in (MONITOR, PLAIN)]
+        await primary.execute(*roles, f"GRANT pg_monitor TO {MONITOR}")
+        for node in nodes[1:]:
+            await stack.enter_async_context(_started(node))
+        await primary.streaming(replicas)
         yield nodes
+
+
+@contextlib.asynccontextmanager
+async def _started(node: Node) -> AsyncIterator[None]:
+    await asyncio.to_thread(node.__enter__)
+    try:
+        yield
+    finally:
+        _kill(node)
+        await asyncio.to_thread(node.__exit__)
 
 
 def _kill(node: Node) -> None:

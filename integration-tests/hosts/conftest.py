@@ -1,0 +1,45 @@
+"""The acceptance table: every test puts its figures into it, beside the limit that they are held against."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from support.postgres import find
+
+from .cluster import Node, cluster
+from .load import TABLE
+
+_rows = pytest.StashKey[list[tuple[str, str, str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_rows] = []
+
+
+@pytest.fixture(name="figure")
+def _figure(request: pytest.FixtureRequest) -> Callable[[str, Any, Any], None]:
+    """Note a measured figure: what, how much, and the limit."""
+    rows = request.config.stash[_rows]
+
+    def figure(what: str, measured: Any, limit: Any = "") -> None:
+        rows.append((what, f"{measured:.3g}" if isinstance(measured, float) else str(measured), str(limit)))
+
+    return figure
+
+
+@pytest.fixture(name="nodes")
+async def _nodes() -> AsyncIterator[list[Node]]:
+    """A primary and two streaming replicas, with the table for the load."""
+    async with cluster(replicas=2) as nodes:
+        await nodes[0].execute(TABLE)
+        await nodes[0].caught_up(*nodes[1:])
+        yield nodes
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[_rows]
+    if rows:
+        width, figures = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+        terminalreporter.section(f"acceptance on PostgreSQL {find().version}")
+        for what, measured, limit in rows:
+            terminalreporter.write_line(f"{what:<{width}}  {measured:>{figures}}  {limit}")
