@@ -10,9 +10,12 @@ async with cluster(replicas=2) as nodes:
 """
 
 import asyncio
+import atexit
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,9 @@ SETTINGS: Mapping[str, str] = {
     "shared_buffers": "16MB",
     "max_connections": "120",
 }
+
+
+_template: list[tuple[Mapping[str, str], Path]] = []
 
 
 class Node(Postgres):
@@ -173,10 +179,25 @@ class Node(Postgres):
 
     def _initialise(self) -> None:
         if self._source is None:
-            super()._initialise()
+            self._initialise_from_the_first()
             return
         backup = ("-D", self._data, "-d", self._source.conninfo, "-X", "stream", "-c", "fast", "-R", "--no-sync")
         self._run("pg_basebackup", *backup)
+
+    def _initialise_from_the_first(self) -> None:
+        """Copy what the first cluster of this process was made from: initdb is slow."""
+        if _template:
+            (settings, folder) = _template[0]
+            shutil.copytree(folder, self._data)
+            for path in (self._data, *self._data.rglob("*")):
+                os.chown(path, self.installation.account.uid, self.installation.account.gid)
+            assert settings == self.settings
+            return
+        super()._initialise()
+        folder = Path(tempfile.mkdtemp(prefix="postgres-template-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        shutil.copytree(self._data, folder / "data")
+        _template.append((self.settings, folder / "data"))
 
     def _rewind(self, primary: "Node") -> None:
         self._run("pg_rewind", "-D", self._data, "--source-server", primary.conninfo, "-R", "--no-sync")

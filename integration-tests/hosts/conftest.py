@@ -1,6 +1,8 @@
 """The acceptance table: every test puts its figures into it, beside the limit that they are held against."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -29,7 +31,35 @@ def _figure(request: pytest.FixtureRequest) -> Callable[[str, Any, Any], None]:
 
 @pytest.fixture(name="nodes")
 async def _nodes() -> AsyncIterator[list[Node]]:
-    """A primary and two streaming replicas, with the table for the load."""
+    """A primary and two streaming replicas, with the table for the load: for tests that change their roles."""
+    async with _with_table() as nodes:
+        yield nodes
+
+
+@pytest.fixture(name="shared", scope="session")
+def _shared() -> Iterator[list[Node]]:
+    with asyncio.Runner() as runner:
+        whole = _with_table()
+        nodes = runner.run(whole.__aenter__())
+        yield nodes
+        runner.run(whole.__aexit__(None, None, None))
+
+
+@pytest.fixture(name="calm")
+async def _calm(shared: list[Node]) -> AsyncIterator[list[Node]]:
+    """The same, shared by all tests that change settings at most."""
+    yield shared
+    primary, *replicas = shared
+    for node in replicas:
+        await node.execute(
+            "ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()", "SELECT pg_wal_replay_resume()"
+        )
+    await primary.execute("ALTER SYSTEM RESET synchronous_commit", "SELECT pg_reload_conf()", "TRUNCATE item")
+    await primary.caught_up(*replicas)
+
+
+@asynccontextmanager
+async def _with_table() -> AsyncIterator[list[Node]]:
     async with cluster(replicas=2) as nodes:
         await nodes[0].execute(TABLE)
         await nodes[0].caught_up(*nodes[1:])

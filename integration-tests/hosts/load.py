@@ -133,9 +133,7 @@ def writing(db: DBConnect[Any]) -> Write:
 @asynccontextmanager
 async def bound(choice: Choice, *, driver: str = "asyncpg", pool: int = 20) -> AsyncIterator[Write]:
     """Write over an engine of plain SQLAlchemy that is bound to a choice."""
-    engine = create_async_engine(
-        f"postgresql+{driver}://{USER}:{PASSWORD}@nowhere/{DATABASE}", pool_size=pool, max_overflow=0
-    )
+    engine = create_async_engine(f"postgresql+{driver}://{USER}:{PASSWORD}@nowhere/{DATABASE}", pool_size=pool, max_overflow=0)
     maker = async_sessionmaker(bind_engine(engine, choice))
 
     async def write(number: int) -> int:
