@@ -38,11 +38,11 @@ async def test_hosts_that_fail_delay_no_others(calm, figure, driver):
     first, second, third = calm
     hung = Proxy(Address(first.host, first.port))
     await hung.start()
-    hung.mode = "hang"
+    hung.mode, silent = "hang", hung.host
     with Postgres() as foreign, Postgres() as locked, black_hole() as hole:
         await asyncio.to_thread(let_in, foreign)
         refused = f"{LOOPBACK}:{free_port()}"
-        names = [node.address for node in calm] + [hung.host, hole, refused, foreign.address, locked.address]
+        names = [node.address for node in calm] + [silent, hole, refused, foreign.address, locked.address]
         before = asyncio.all_tasks()
         hosts = Hosts(names, user=MONITOR, password=PASSWORD, database=DATABASE, driver=driver, interval=INTERVAL)
         async with hosts:
@@ -64,8 +64,8 @@ async def test_hosts_that_fail_delay_no_others(calm, figure, driver):
     assert left == []
     assert snapshot.primary == first.address
     assert snapshot.host(foreign.address).foreign
-    assert [snapshot.host(name).state for name in (hung.host, hole, refused, locked.address)] == ["dead"] * 4
-    assert [snapshot.host(name).error for name in (hung.host, hole, refused)] == ["timeout", "timeout", "refused"]
+    assert [snapshot.host(name).state for name in (silent, hole, refused, locked.address)] == ["dead"] * 4
+    assert [snapshot.host(name).error for name in (silent, hole, refused)] == ["timeout", "timeout", "refused"]
     assert PASSWORD not in f"{hosts!r} {snapshot} {snapshot!r} {list(hosts.metrics)}"
 
 

@@ -97,7 +97,7 @@ class _Host:
 
     __slots__ = (
         "control", "error", "failures", "fenced", "foreign", "fresh_at", "good", "host", "lsn", "probe_seconds", "read_only",
-        "role", "seen_at", "state", "streaming", "system_identifier", "timeline", "tried",
+        "role", "seen_at", "sent_at", "state", "streaming", "system_identifier", "timeline", "tried",
     )  # fmt: skip
 
     def __init__(self, host: str) -> None:
@@ -111,6 +111,7 @@ class _Host:
         self.system_identifier: int | None = None
         self.foreign: bool = False
         self.fenced: bool = False
+        self.sent_at: float = 0.0
         self.seen_at: float | None = None
         self.probe_seconds: float | None = None
         self.forget()
@@ -145,9 +146,9 @@ class Tracker:
         self._events: list[Event] = []
         self._identity: int | None = None
         self._settled = False  # more than half of the hosts agreed on the identity
-        self._fence: int | None = None
+        self._fences: dict[int, int] = {}  # of each cluster, for which of them is ours may not be known yet
+        self._confirmed: dict[int, int] = {}  # the highest timeline that a follower has shown
         self._raised = False  # the fence has risen while we watched: there was a failover
-        self._confirmed: int | None = None  # the highest timeline that a follower has shown
         self._split_brain = False
         self._primary: str | None = None
         self._primary_lsn: tuple[int, int] | None = None
@@ -158,7 +159,7 @@ class Tracker:
         found = self._hosts[host]
         was = found.role if found.is_live() else "unknown"
         found.tried, found.failures, found.error = True, 0, None
-        found.seen_at, found.probe_seconds = now, now - sent
+        found.sent_at, found.seen_at, found.probe_seconds = sent, now, now - sent
         found.role, found.read_only = ("replica" if seen.in_recovery else "primary"), seen.read_only
         if was != found.role:
             found.timeline = found.fresh_at = None
@@ -169,11 +170,10 @@ class Tracker:
         found.system_identifier = seen.system_identifier
         self._revive(found)
         self._identify()
-        if not found.foreign:
-            self._raise_fence(found, seen)
+        self._raise_fence(found, seen)
         if was == "primary" and found.role == "replica":
             self._tell("demoted", host)
-        return self._decide(host, sent)
+        return self._decide()
 
     def failed(self, host: str, failure: Failure) -> tuple[Event, ...]:
         """Take the failure of a probe, and return what it changes."""
@@ -184,7 +184,7 @@ class Tracker:
             self._bury(found)
         elif found.state == "up":
             found.state = "suspect"
-        return self._decide(None, 0.0)
+        return self._decide()
 
     def restart(self) -> None:
         """Forget the hosts, who were not watched for a while; the fence and the cluster's identity stay."""
@@ -193,12 +193,13 @@ class Tracker:
 
     def reset_fence(self) -> tuple[Event, ...]:
         """Forget the highest timeline, after a restore to an older one; the hosts that answer now set it anew."""
-        self._fence = self._confirmed = None
         self._raised = True
+        self._fences.clear()
+        self._confirmed.clear()
         for found in self._hosts.values():
-            if found.is_live() and found.role == "primary" and not found.foreign and found.timeline is not None:
-                self._fence = max(self._fence or 0, found.timeline)
-        return self._decide(None, 0.0)
+            if found.is_live() and found.role == "primary" and found.timeline is not None:
+                _raise(self._fences, found.system_identifier or 0, found.timeline)
+        return self._decide()
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the picture as it is now."""
@@ -241,24 +242,24 @@ class Tracker:
             identifier = found.system_identifier
             found.foreign = identifier is not None and identifier != self._identity and self._rules.split_brain != "first"
 
+    @property
+    def _fence(self) -> int | None:
+        return None if self._identity is None else self._fences.get(self._identity)
+
     def _raise_fence(self, found: _Host, seen: Observation) -> None:
+        known, old = self._fences.get(seen.system_identifier), self._fence
+        highest = max(seen.timeline or 0, (seen.evidence or 0) if seen.in_recovery else 0)
         if seen.in_recovery:
-            shown = [timeline for timeline in (seen.timeline, seen.evidence) if timeline is not None]
-            if shown:
-                self._confirmed = max(self._confirmed or 0, *shown)
-        else:
-            shown = [] if seen.timeline is None else [seen.timeline]
-        highest = max(shown, default=0)
-        if highest > (self._fence or 0):
-            if self._fence is not None:
-                self._raised = True
-                self._tell("fence", found.host)
-            self._fence = highest
+            _raise(self._confirmed, seen.system_identifier, highest)
+        _raise(self._fences, seen.system_identifier, highest)
+        if known is not None and not found.foreign and self._fence != old:
+            self._raised = True
+            self._tell("fence", found.host)
 
     def _is_decided(self) -> bool:
         return all(found.tried for found in self._hosts.values())
 
-    def _decide(self, observed: str | None, sent: float) -> tuple[Event, ...]:
+    def _decide(self) -> tuple[Event, ...]:
         """Elect the primary, sample its log, and return what has changed since the last call."""
         claiming = [h for h in self._hosts.values() if h.is_live() and h.role == "primary" and not h.foreign]
         elected = self._elect(claiming)
@@ -275,7 +276,7 @@ class Tracker:
         if several and not self._split_brain:
             self._tell("split_brain", claiming[0].host)
         self._split_brain = several
-        self._install(elected, observed, sent)
+        self._install(elected)
         events, self._events = tuple(self._events), []
         return events
 
@@ -288,14 +289,14 @@ class Tracker:
             return None
         able = [h for h in claiming if not h.read_only and h.timeline is not None and h.timeline >= (self._fence or 0)]
         highest = max((h.timeline or 0 for h in able), default=0)
-        if self._rules.require_evidence and (self._confirmed or 0) < highest:
+        if self._rules.require_evidence and self._confirmed.get(self._identity or 0, 0) < highest:
             return None
         newest = [h for h in able if h.timeline == highest]
         if len(newest) > 1:  # the same timeline twice: only a known one is kept, nothing is guessed
             return next((h for h in newest if h.host == self._primary), None)
         return newest[0] if newest else None
 
-    def _install(self, elected: _Host | None, observed: str | None, sent: float) -> None:
+    def _install(self, elected: _Host | None) -> None:
         host = None if elected is None else elected.host
         if host != self._primary:
             if host is None:
@@ -303,10 +304,10 @@ class Tracker:
             else:
                 self._tell("primary", host)
             self._primary = host
-        if elected is not None and elected.timeline is not None and elected.lsn is not None and observed == host:
-            self._samples.add(elected.timeline, elected.lsn, sent)
+        if elected is not None and elected.timeline is not None and elected.lsn is not None:
+            self._samples.add(elected.timeline, elected.lsn, elected.sent_at)
             self._primary_lsn = (elected.timeline, elected.lsn)
-            elected.fresh_at = sent
+            elected.fresh_at = elected.sent_at
 
     # The snapshot
 
@@ -333,3 +334,8 @@ class Tracker:
             found.probe_seconds, found.failures, found.error, found.fenced, found.foreign, found.read_only, found.streaming,
             self._rules.localities.get(found.host), self._rules.weights.get(found.host, 1.0),
         )  # fmt: skip
+
+
+def _raise(timelines: dict[int, int], cluster: int, timeline: int) -> None:
+    if timeline > timelines.get(cluster, 0):
+        timelines[cluster] = timeline
