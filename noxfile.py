@@ -27,6 +27,7 @@ FRAMEWORKS = {
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
 }
 PACKAGING = "integration-tests/packaging"
+HOSTS = "integration-tests/hosts"
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
 
 each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[name]) for name in FRAMEWORKS])
@@ -50,6 +51,7 @@ def tests(session: nox.Session) -> None:
     session.notify("examples")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
+    session.notify("hosts")
 
 
 @nox.session(tags=["ci"])
@@ -120,6 +122,13 @@ def contract(session: nox.Session, framework: str) -> None:
     """Run every promise on one framework, whose adapter is alone with its declared dependencies."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
     session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def hosts(session: nox.Session) -> None:
+    """Run the acceptance of context-sqla-hosts on a real cluster, and print its figures; `PG_BINDIR` names another PostgreSQL."""
+    install(session, "test", packages=["context-sqla", "context-sqla-asgi", "context-sqla-hosts"])
+    session.run("pytest", HOSTS, f"--confcutdir={HOSTS}", *session.posargs)
 
 
 @nox.session(name="contract-full", tags=["nightly"])
