@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 from context_sqla import DBConnect, ForeignLoopError, UnavailableError, db_context, db_session
 from context_sqla_hosts import (
+    Choice,
+    Hosts,
     MonitorError,
     NoPrimaryError,
     NoReplicaError,
@@ -302,29 +304,30 @@ async def test_a_connect_is_followed_from_its_first_session_on(hosts):
 
 
 async def test_a_connection_that_is_refused_is_reported(hosts, unused_port):
-    """A session met what the monitor has not seen yet."""
-    await hosts.aclose()
-    from context_sqla_hosts import Hosts
-
-    other = Hosts([f"127.0.0.1:{unused_port}"])
-    seen = []
+    """A session met what the monitor has not seen yet: once for each attempt."""
+    other, seen = Hosts([f"127.0.0.1:{unused_port}"]), []
     other.report = lambda host, exc: seen.append((host, type(exc).__name__)) or True
-    engine = bind_engine(create_async_engine("postgresql+asyncpg://app@nowhere/x"), Fixed(other), attempts_for=0)
-    with pytest.raises(ConnectionRefusedError):
-        async with engine.connect():
-            pass
+    fixed = Fixed(other)
+    engine = bind_engine(create_async_engine("postgresql+asyncpg://app@nowhere/x"), fixed, attempts_for=0)
+    db = DBConnect.from_url("postgresql+asyncpg://app@nowhere/x", before_create_session_handler=fixed)
+    for _ in range(3):
+        with pytest.raises(ConnectionRefusedError):
+            async with engine.connect():
+                pass
+        with pytest.raises(ConnectionRefusedError):
+            async with db_context():
+                await (await db_session(db)).connection()
     await engine.dispose()
+    await db.close()
 
-    assert seen == [(f"127.0.0.1:{unused_port}", "ConnectionRefusedError")]
+    assert seen == [(f"127.0.0.1:{unused_port}", "ConnectionRefusedError")] * 6
 
 
-class Fixed:
+class Fixed(Choice):
     """Always the first host."""
 
-    writes = True
-
     def __init__(self, hosts):
-        self.hosts = hosts
+        super().__init__(hosts, writes=True)
 
     async def choose(self):
         return self.hosts.snapshot().hosts[0].host

@@ -1,10 +1,11 @@
 """The handlers of `DBConnect`: which host the next session gets."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from context_sqla import DBConnect
 
@@ -36,10 +37,11 @@ class Choice:
         self.hosts: Hosts = hosts
         self.writes: bool = writes
         self._followed: WeakKeyDictionary[DBConnect[Any], Following] = WeakKeyDictionary()
+        self._latest: Callable[[], DBConnect[Any] | None] = lambda: None
 
     async def __call__(self, connect: DBConnect[Any]) -> str:
         """Return the host for one session of this connect."""
-        if connect not in self._followed:
+        if self._latest() is not connect:
             self._follow(connect)
         return await self.choose()
 
@@ -56,6 +58,9 @@ class Choice:
         raise NotImplementedError
 
     def _follow(self, connect: DBConnect[Any]) -> None:
+        self._latest = ref(connect)
+        if connect in self._followed:
+            return
         following = self._followed[connect] = Following(connect, writes=self.writes)
         self.hosts.attach(following)
         connect.engine_created.append(lambda engine, host: watch_engine(engine, self.hosts, host, writes=self.writes))
@@ -68,7 +73,7 @@ class _Primary(Choice):
 
     async def __call__(self, connect: DBConnect[Any]) -> str:
         host = self.hosts.primary_now()
-        if host is not None and connect in self._followed:
+        if host is not None and self._latest() is connect:
             return host
         return await super().__call__(connect)
 
@@ -97,28 +102,37 @@ class _Replica(Choice):
         self._fallback = fallback
         self._wait = wait
         self._turns: dict[str, float] = {}
+        self._turn = 0
+        self._seen: Snapshot | None = None  # what the following was made of
+        self._until: float = 0.0  # when it has to be made anew all the same, because time has passed
+        self._found: list[HostStatus] = []
+        self._good: list[HostStatus] = []
+        self._even: bool = True
+        policy = type(self).__name__.strip("_").lower()
+        self._keys = {
+            outcome: hosts.metrics.key("selections_total", policy=policy, outcome=outcome)
+            for outcome in ("replica", "primary", "stale", "none")
+        }
 
     async def choose(self) -> str:
-        snapshot = self.hosts.snapshot()
         self.hosts.primary_now()  # raises where nobody watches
-        if not snapshot.decided:
-            snapshot = await self._first_snapshot()
-        found = self._pick(snapshot)
+        if not self.hosts.snapshot().decided:
+            await self._first_snapshot()
+        found = self._pick()
         return self._count(found, "replica") if found is not None else await self._fall_back("no replica is fresh enough")
 
     def allows(self, host: str) -> bool:
         snapshot = self.hosts.snapshot()
         status = snapshot.host(host)
         return self._qualifies(status, self.hosts.clock()) or (
-            snapshot.primary == host and self._fallback == "primary" and self._pick(snapshot) is None
+            snapshot.primary == host and self._fallback == "primary" and not self._candidates()
         )
 
-    async def _first_snapshot(self) -> Snapshot:
+    async def _first_snapshot(self) -> None:
         deadline = self.hosts.clock() + self._wait
         while not self.hosts.snapshot().decided:
             if not await self.hosts.changed(deadline - self.hosts.clock()):
                 break
-        return self.hosts.snapshot()
 
     def _qualifies(self, status: HostStatus, now: float) -> bool:
         """Return whether a host is a replica within the limits; every figure counts as of now (an old one is a larger one)."""
@@ -132,12 +146,27 @@ class _Replica(Choice):
             return False
         return self._max_lag_bytes is None or (status.lag_bytes is not None and status.lag_bytes <= self._max_lag_bytes)
 
-    def _pick(self, snapshot: Snapshot, also: Callable[[HostStatus], bool] | None = None) -> str | None:
-        now = self.hosts.clock()
-        found = [s for s in snapshot.hosts if self._qualifies(s, now) and (also is None or also(s))]
-        if len(found) > 1:
-            found = self._preferred(found, now)
+    def _pick(self, also: Callable[[HostStatus], bool] | None = None) -> str | None:
+        found = self._candidates()
+        if also is not None:
+            found = [status for status in found if also(status)] or [status for status in self._found if also(status)]
         return self._balanced(found).host if found else None
+
+    def _candidates(self) -> list[HostStatus]:
+        """Return the replicas to choose from: made once for a snapshot, until one of them is too old."""
+        snapshot, now = self.hosts.snapshot(), self.hosts.clock()
+        if snapshot is not self._seen or now >= self._until:
+            self._seen = snapshot
+            self._found = [status for status in snapshot.hosts if self._qualifies(status, now)]
+            self._good = self._preferred(self._found, now) if len(self._found) > 1 else self._found
+            self._until = min(map(self._expiry, self._good), default=math.inf)
+            self._even = len({status.weight for status in self._good}) < 2
+        return self._good
+
+    def _expiry(self, status: HostStatus) -> float:
+        """Return when this replica has to be looked at again."""
+        stale = (status.seen_at or 0.0) + self.hosts.stale_after
+        return stale if self._max_lag is None else min(stale, (status.fresh_at or 0.0) + self._max_lag)
 
     def _preferred(self, found: list[HostStatus], now: float) -> list[HostStatus]:
         """Leave out hosts that are in doubt, suspect, stale or without weight, unless there are no others."""
@@ -161,6 +190,9 @@ class _Replica(Choice):
 
     def _next(self, found: list[HostStatus]) -> HostStatus:
         """Take turns by weight, evenly spread (the smooth weighted round robin of nginx)."""
+        if self._even:
+            self._turn += 1
+            return found[self._turn % len(found)]
         turns = self._turns
         for status in found:
             turns[status.host] = turns.get(status.host, 0.0) + (status.weight or 1.0)
@@ -183,7 +215,7 @@ class _Replica(Choice):
         raise NoReplicaError(why, snapshot)
 
     def _count(self, host: str, outcome: str) -> str:
-        self.hosts.metrics.add("selections_total", policy=type(self).__name__.strip("_").lower(), outcome=outcome)
+        self.hosts.metrics.count(self._keys[outcome])
         return host
 
 
@@ -194,6 +226,7 @@ class _AtLeast(_Replica):
         super().__init__(hosts, **options)
         self._floor = lsn
         self._delay = delay
+        self._hit, self._miss = (hosts.metrics.key("ryow_total", outcome=outcome) for outcome in ("replica", "primary"))
 
     async def choose(self) -> str:
         floor = self._floor() if callable(self._floor) else self._floor
@@ -205,11 +238,11 @@ class _AtLeast(_Replica):
         if not self.hosts.snapshot().decided:
             await self._first_snapshot()
         if isinstance(floor, Position) and self._is_plausible(floor):
-            found = self._pick(self.hosts.snapshot(), floor_reached(floor)) or await self._refreshed(floor)
+            found = self._pick(floor_reached(floor)) or await self._refreshed(floor)
             if found is not None:
-                self.hosts.metrics.add("ryow_total", outcome="replica")
+                self.hosts.metrics.count(self._hit)
                 return self._count(found, "replica")
-        self.hosts.metrics.add("ryow_total", outcome="primary")
+        self.hosts.metrics.count(self._miss)
         return await self._fall_back("no replica has replayed what was written")
 
     def _is_plausible(self, floor: Position) -> bool:
@@ -228,7 +261,7 @@ class _AtLeast(_Replica):
             if not replicas:
                 return None
             await hosts.refresh(*replicas, timeout=left)
-            if (found := self._pick(hosts.snapshot(), reached)) is not None:
+            if (found := self._pick(reached)) is not None:
                 return found
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from context_sqla import DBConnect
@@ -15,6 +16,8 @@ from ._failures import is_about_the_host, is_read_only
 from ._monitor import Hosts
 from ._probe import cut
 from .errors import NoHostError
+
+Creator: TypeAlias = Callable[..., Awaitable[Any]]
 
 _HOST = "context_sqla_hosts.host"
 _PAUSE = 0.05  # between two attempts to connect where the monitor has not noticed yet
@@ -59,9 +62,7 @@ def watch_engine(engine: AsyncEngine, hosts: Hosts, host: str, *, writes: bool) 
     def handle_error(context: ExceptionContext) -> None:
         _report(hosts, host, context, writes)
 
-    def do_connect(dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
-        creator = _creator(dialect, parameters)
-
+    def reporting(creator: Creator) -> Creator:
         async def dial(*args: Any, **kwargs: Any) -> Any:
             try:
                 return await creator(*args, **kwargs)
@@ -69,10 +70,10 @@ def watch_engine(engine: AsyncEngine, hosts: Hosts, host: str, *, writes: bool) 
                 hosts.report(host, exc)
                 raise
 
-        parameters["async_creator_fn"] = dial
+        return dial
 
     event.listen(engine.sync_engine, "handle_error", handle_error)
-    event.listen(engine.sync_engine, "do_connect", do_connect)
+    _intercept(engine, reporting)
 
 
 def bind_engine(engine: AsyncEngine, choice: Chooses, *, attempts_for: float = 5.0) -> AsyncEngine:
@@ -100,8 +101,8 @@ class _Bound:
         self._choice = choice
         self._attempts_for = attempts_for
         self._hosts_of: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        _intercept(engine, lambda creator: partial(self._dial, creator))
         for name, listener in (
-            ("do_connect", self._do_connect),
             ("connect", self._connected),
             ("checkout", self._checked_out),
             ("handle_error", self._failed),
@@ -116,15 +117,7 @@ class _Bound:
             cut(connection)
         return len(found)
 
-    def _do_connect(self, dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
-        creator = _creator(dialect, parameters)
-
-        async def dial(*args: Any, **kwargs: Any) -> Any:
-            return await self._dial(creator, args, kwargs)
-
-        parameters["async_creator_fn"] = dial
-
-    async def _dial(self, creator: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def _dial(self, creator: Creator, *args: Any, **kwargs: Any) -> Any:
         """Connect to the chosen host, and again where that fails or the host was changed meanwhile: nothing was sent yet."""
         hosts = self._choice.hosts
         deadline = hosts.clock() + self._attempts_for
@@ -172,13 +165,26 @@ def _report(hosts: Hosts, host: str, context: ExceptionContext, writes: bool) ->
         context.is_disconnect = True  # it was demoted behind a proxy: this connection and the pool's others are of no use
 
 
-def _creator(dialect: Any, parameters: dict[str, Any]) -> Callable[..., Awaitable[Any]]:
+def _intercept(engine: AsyncEngine, wrap: Callable[[Creator], Creator]) -> None:
+    """Put something around what opens an engine's connections; once, for SQLAlchemy passes the same parameters every time."""
+    wrapped: list[Creator] = []
+
+    def do_connect(dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
+        if not wrapped:
+            wrapped.append(wrap(_creator(dialect, parameters)))
+        parameters["async_creator_fn"] = wrapped[0]
+
+    event.listen(engine.sync_engine, "do_connect", do_connect)
+
+
+def _creator(dialect: Any, parameters: dict[str, Any]) -> Creator:
     """Return what opens the driver's connections: another listener's, or the driver itself."""
-    found: Callable[..., Awaitable[Any]] | None = parameters.get("async_creator_fn")
-    if found is None:
-        dbapi = dialect.loaded_dbapi
-        found = dbapi.asyncpg.connect if dialect.driver == "asyncpg" else dbapi.psycopg.AsyncConnection.connect
-    return found
+    found: Creator | None = parameters.get("async_creator_fn")
+    if found is not None:
+        return found
+    dbapi = dialect.loaded_dbapi
+    opens: Creator = dbapi.asyncpg.connect if dialect.driver == "asyncpg" else dbapi.psycopg.AsyncConnection.connect
+    return opens
 
 
 _bound: WeakKeyDictionary[AsyncEngine, _Bound] = WeakKeyDictionary()

@@ -1,10 +1,13 @@
 """Counters of what the monitor saw and what was chosen; a server of metrics reads them."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Upper limits of the histogram of probes, in seconds."""
+
+
+Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Sample(NamedTuple):
@@ -25,12 +28,20 @@ class Metrics:
     """Figures that only grow; no label has a password or a driver's text (P20)."""
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._values: dict[Key, float] = {}
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Let a figure grow."""
         key = (name, tuple(labels.items()))
         self._values[key] = self._values.get(key, 0) + amount
+
+    def key(self, name: str, /, **labels: str) -> Key:
+        """Return the key of a figure that is counted often."""
+        return (name, tuple(labels.items()))
+
+    def count(self, key: Key) -> None:
+        """Let a figure grow by one."""
+        self._values[key] = self._values.get(key, 0) + 1
 
     def get(self, name: str, /, **labels: str) -> float:
         """Return a figure, 0 where nothing was counted."""

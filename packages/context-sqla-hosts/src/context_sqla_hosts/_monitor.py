@@ -304,9 +304,9 @@ class Hosts:
             return False
         self.metrics.add("reports_total", host=key)
         if self._loop is _running():
-            self._doubt(poller)
+            self.doubt(poller)
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._doubt, poller)
+            self._loop.call_soon_threadsafe(self.doubt, poller)
         return True
 
     def attach(self, attachment: Attachment) -> None:
@@ -340,6 +340,13 @@ class Hosts:
         """Return since when there has been no primary that answers, None while there is one."""
         return self._hurried_since
 
+    def doubt(self, poller: Poller) -> None:
+        """Look into a host, and let nobody choose it meanwhile who has a choice."""
+        known = poller.doubted
+        poller.wake(doubt=True)
+        if not known:
+            self._publish(())
+
     def answered(self, poller: Poller, result: Observation | Failure, sent: float) -> None:
         """Take the result of a probe."""
         now = self.clock()
@@ -364,11 +371,6 @@ class Hosts:
             raise MonitorError(f"{self!r} is not started; write 'async with hosts:' in the lifespan of the application")
         if self._loop is not _running():
             raise ForeignLoopError(f"{self!r} watches in another event loop; each event loop needs its own")
-
-    def _doubt(self, poller: Poller) -> None:
-        poller.wake(doubt=True)
-        if poller.host == self._ready_primary:
-            self._ready_primary = None
 
     def _publish(self, events: Sequence[Event]) -> None:
         old, now = self._snapshot, self.clock()

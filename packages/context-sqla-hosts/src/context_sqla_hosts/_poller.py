@@ -33,6 +33,10 @@ class Keeper(Protocol):
         """Return since when there has been no primary that answers."""
         ...
 
+    def doubt(self, poller: "Poller") -> None:
+        """Take it that something went wrong on the host."""
+        ...
+
     def answered(self, poller: "Poller", result: Observation | Failure, sent: float) -> None:
         """Take the result of a probe."""
         ...
@@ -156,7 +160,7 @@ class Poller:
         return probe
 
     def _lost(self) -> None:
-        self.wake(doubt=True)
+        self._keeper.doubt(self)
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):

@@ -120,7 +120,7 @@ class ReadYourWrites:
 
     async def _before_commit(self, session: AsyncSession) -> None:
         """Note whether this transaction has written; what is pending is sent first."""
-        if visit_of(self.hosts) is None:
+        if visit_of(self.hosts) is None or not session.in_transaction():
             return
         try:
             await session.flush()
