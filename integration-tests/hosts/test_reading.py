@@ -7,7 +7,10 @@ from contextvars import ContextVar
 import pytest
 from context_sqla import db_context, db_session
 from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+from context_sqla_fastapi import setup
 from context_sqla_hosts import Position, ReadYourWrites, ReadYourWritesMiddleware, at_least, primary, replica
+from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient
 from sqlalchemy import text
 
 from .load import following, load, watch, writing
@@ -127,6 +130,30 @@ async def test_a_browser_reads_what_it_wrote(calm):
             assert [by_cookie.split()[1], by_header.split()[1]] == [b"1", b"1"]
         headers, _ = await request(app, "GET", 1)
         assert headers == {}
+
+
+async def test_middleware_of_fastapi_stands_outside_of_the_commit(calm):
+    """`add_middleware` after `setup`: the head that it sees comes after the commit, so that it has the position."""
+    async with watch(calm) as hosts, following(primary(hosts)) as db, following(at_least(hosts)) as reads:
+        await hosts.ready(replicas=2)
+        app = FastAPI()
+        setup(app, db, reads)
+        app.add_middleware(ReadYourWritesMiddleware, writes=ReadYourWrites(hosts, db, keys=[KEY]))
+
+        @app.post("/{number}")
+        async def create(number: int) -> None:
+            await (await db_session(db)).execute(_INSERT, {"id": number})
+
+        @app.get("/{number}")
+        async def show(number: int) -> int:
+            return (await (await db_session(reads)).execute(_READ, {"id": number})).one()[1]
+
+        async with AsyncClient(transport=ASGITransport(app, raise_app_exceptions=False), base_url="https://test") as client:
+            for number in range(101, 121):
+                created = await client.post(f"/{number}")
+                assert client.cookies["context-sqla-lsn"] == created.headers["x-context-sqla-lsn"]
+                assert (await client.get(f"/{number}")).json() == 1
+            assert "set-cookie" not in (await client.post("/101")).headers  # a key that exists: rolled back, a 500
 
 
 async def request(app, method, number, *headers):
