@@ -160,6 +160,7 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", "-m", "pytest", *(f"packages/{name}/tests" for name in PACKAGES))
     for framework in FRAMEWORKS:
         session.run("coverage", "run", "-m", "pytest", "integration-tests/contract", f"--framework={framework}")
+    session.run("coverage", "run", "-m", "pytest", HOSTS, f"--confcutdir={HOSTS}")
     session.run("coverage", "combine")
     session.run("coverage", "report", "--fail-under=96")
 

@@ -118,6 +118,18 @@ async def test_an_administrator_may_end_the_connections(calm):
     assert len(running.failed) <= 4, running.kinds()
 
 
+async def test_an_event_loop_that_is_blocked_is_no_server_that_hangs(calm):
+    """A handler that computes for longer than the limit of a probe makes no host suspect."""
+    async with watch(calm, interval=0.001, timeout=0.1, max_fails=1) as hosts:
+        await hosts.ready(replicas=2)
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            time.sleep(0.15)
+        failures = [sample for sample in hosts.metrics if sample.name == "probe_failures_total"]
+
+    assert failures == []
+
+
 async def test_a_session_waits_for_the_primary_as_long_as_it_was_told(nodes):
     """With nobody to promote, sessions get an error that names the hosts, and the watch goes on."""
     first, second, third = nodes
