@@ -5,11 +5,13 @@ import time
 
 import pytest
 from context_sqla import db_context, db_session
-from context_sqla_hosts import Choice, bind_engine, primary, replica
+from context_sqla_hosts import Choice, Hosts, NoPrimaryError, bind_engine, primary, replica
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from support.proxy import Proxy
+from support.wire import Address
 
-from .cluster import DATABASE, PASSWORD, USER
+from .cluster import DATABASE, MONITOR, PASSWORD, USER
 from .load import following, load, watch, writing
 
 PORT = text("SELECT inet_server_port()")
@@ -123,6 +125,34 @@ async def test_a_planned_switchover_leaves_no_session_on_the_old_primary(nodes, 
 
     assert refused == []
     assert len(running.failed) <= 20, running.kinds()
+
+
+async def test_a_role_that_changes_behind_a_proxy_is_noticed_by_the_first_write(nodes, figure):
+    """As with pgbouncer or HAProxy: connections live on, and lead to a replica. No session is stuck with such a connection."""
+    first, second, third = nodes
+    front = Proxy(Address(first.host, first.port))
+    await front.start()
+    names = [front.host, third.address]
+    hosts = Hosts(names, user=MONITOR, password=PASSWORD, database=DATABASE, interval=5)
+    async with hosts, following(primary(hosts, wait=0.2)) as db:
+        write, errors = writing(db), []
+        await write(-1)
+        front.target = Address(second.host, second.port)
+        for number in range(1, 20):
+            done = await asyncio.gather(write(-2 * number), write(-2 * number - 1), return_exceptions=True)
+            errors += [error for error in done if isinstance(error, Exception)]
+        refused = [error for error in errors if not isinstance(error, NoPrimaryError)]
+        seen = hosts.snapshot()
+        await asyncio.to_thread(first.kill)
+        await second.promote()
+        await hosts.primary(wait=20)
+        await asyncio.gather(write(-100), write(-101))
+    await front.stop()
+    figure("demoted behind a proxy: writes that met the replica", len(refused), "<= 2")
+
+    assert seen.primary is None
+    assert len(refused) <= 2, refused
+    assert await second.fetchval("SELECT count(*) FROM item WHERE id IN (-100, -101)") == 2
 
 
 async def port(db):

@@ -21,7 +21,7 @@ class Listener:
         self.doubted = False
         self.asked: list[asyncio.Future[None]] = []
 
-    def wake(self, *, doubt: bool = False) -> None:
+    def wake(self, *, doubt: bool = False, anew: bool = False) -> None:
         self.doubted = self.doubted or doubt
 
     def probed(self) -> "asyncio.Future[None]":

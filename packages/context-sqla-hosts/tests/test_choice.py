@@ -219,6 +219,19 @@ async def test_where_no_replica_qualifies_the_fallback_decides(hosts):
     assert hosts.metrics.get("selections_total", policy="replica", outcome="primary") == 100
 
 
+@pytest.mark.parametrize(("fallback", "allowed"), [("primary", "a"), ("stale", "bc"), ("error", "")])
+async def test_a_kept_connection_is_used_as_long_as_its_host_qualifies(hosts, fallback, allowed):
+    """What a bound engine asks at every checkout."""
+    choice = replica(hosts, max_lag=1, fallback=fallback)
+    hosts.tell_all()
+    assert [choice.allows(f"{host}:5432") for host in "abc"] == [False, True, True]
+    hosts.time += 2
+    assert "".join(host for host in "abc" if choice.allows(f"{host}:5432")) == allowed
+
+    assert [primary(hosts).allows(f"{host}:5432") for host in "abc"] == [True, False, False]
+    assert at_least(hosts).allows("c:5432")
+
+
 async def test_a_position_is_looked_for_on_every_replica(hosts):
     """Who has replayed it, on this timeline."""
     hosts.tell_all(lsn=500, replayed=400)
@@ -299,6 +312,7 @@ async def test_a_connect_is_followed_from_its_first_session_on(hosts):
     await db.close()
 
     assert [host for _, host in made] == ["a:5432"]
+    assert db.host == "a:5432"
     assert aborted == ["a:5432"]
     assert hosts.metrics.get("aborted_connections_total", host="a:5432") == 3
 

@@ -73,9 +73,11 @@ class _Primary(Choice):
 
     async def __call__(self, connect: DBConnect[Any]) -> str:
         host = self.hosts.primary_now()
-        if host is not None and self._latest() is connect:
+        if host is not None and host == connect.host and self._latest() is connect:
             return host
-        return await super().__call__(connect)
+        host = await super().__call__(connect)
+        await connect.change_host(host)  # so that its pool_status() is that of the primary; returning it chooses it
+        return host
 
     async def choose(self) -> str:
         return await self.hosts.primary(wait=self._wait)
@@ -85,6 +87,8 @@ class _Primary(Choice):
 
 
 class _Replica(Choice):
+    _policy = "replica"
+
     def __init__(
         self,
         hosts: Hosts,
@@ -108,9 +112,8 @@ class _Replica(Choice):
         self._found: list[HostStatus] = []
         self._good: list[HostStatus] = []
         self._even: bool = True
-        policy = type(self).__name__.strip("_").lower()
         self._keys = {
-            outcome: hosts.metrics.key("selections_total", policy=policy, outcome=outcome)
+            outcome: hosts.metrics.key("selections_total", policy=self._policy, outcome=outcome)
             for outcome in ("replica", "primary", "stale", "none")
         }
 
@@ -124,9 +127,10 @@ class _Replica(Choice):
     def allows(self, host: str) -> bool:
         snapshot = self.hosts.snapshot()
         status = snapshot.host(host)
-        return self._qualifies(status, self.hosts.clock()) or (
-            snapshot.primary == host and self._fallback == "primary" and not self._candidates()
-        )
+        if self._qualifies(status, self.hosts.clock()):
+            return True
+        allowed = snapshot.primary == host if self._fallback == "primary" else status in snapshot.replicas
+        return allowed and self._fallback != "error" and not self._candidates()
 
     async def _first_snapshot(self) -> None:
         deadline = self.hosts.clock() + self._wait
@@ -221,6 +225,8 @@ class _Replica(Choice):
 
 class _AtLeast(_Replica):
     """A replica that has replayed a position, found on demand; the primary where none has in time."""
+
+    _policy = "at_least"
 
     def __init__(self, hosts: Hosts, lsn: Floor | Callable[[], Floor | None] | None, delay: float, **options: Any) -> None:
         super().__init__(hosts, **options)

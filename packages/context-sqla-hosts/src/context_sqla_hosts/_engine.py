@@ -161,7 +161,7 @@ def _report(hosts: Hosts, host: str, context: ExceptionContext, writes: bool) ->
     error = context.sqlalchemy_exception or context.original_exception
     if context.is_disconnect or is_about_the_host(error) or is_about_the_host(context.original_exception):
         hosts.report(host, ConnectionError() if context.is_disconnect else context.original_exception)
-    if writes and is_read_only(context.original_exception) and hosts.snapshot().primary != host:
+    if writes and is_read_only(context.original_exception):
         context.is_disconnect = True  # it was demoted behind a proxy: this connection and the pool's others are of no use
 
 

@@ -14,7 +14,7 @@ from weakref import WeakSet
 from context_sqla.errors import ForeignLoopError
 
 from ._address import Address, Driver, Login, parse_host, parse_url
-from ._failures import is_about_the_host
+from ._failures import is_about_the_host, is_read_only
 from ._metrics import Metrics
 from ._poller import Poller
 from ._snapshot import Snapshot
@@ -303,10 +303,11 @@ class Hosts:
         if self._loop is None or poller is None or not is_about_the_host(exc):
             return False
         self.metrics.add("reports_total", host=key)
+        anew = is_read_only(exc)
         if self._loop is _running():
-            self.doubt(poller)
+            self.doubt(poller, anew=anew)
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.doubt, poller)
+            self._loop.call_soon_threadsafe(lambda: self.doubt(poller, anew=anew))
         return True
 
     def attach(self, attachment: Attachment) -> None:
@@ -340,10 +341,10 @@ class Hosts:
         """Return since when there has been no primary that answers, None while there is one."""
         return self._hurried_since
 
-    def doubt(self, poller: Poller) -> None:
+    def doubt(self, poller: Poller, *, anew: bool = False) -> None:
         """Look into a host, and let nobody choose it meanwhile who has a choice."""
         known = poller.doubted
-        poller.wake(doubt=True)
+        poller.wake(doubt=True, anew=anew)
         if not known:
             self._publish(())
 

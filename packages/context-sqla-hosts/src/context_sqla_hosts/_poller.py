@@ -36,7 +36,7 @@ class Keeper(Protocol):
         """Return since when there has been no primary that answers."""
         ...
 
-    def doubt(self, poller: "Poller") -> None:
+    def doubt(self, poller: "Poller", *, anew: bool = False) -> None:
         """Take it that something went wrong on the host."""
         ...
 
@@ -63,6 +63,7 @@ class Poller:
         self._login = login
         self._keeper = keeper
         self._probe: Probe = self._new_probe()
+        self._anew = False
         self._wake = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
         self._stragglers: set[asyncio.Task[Observation]] = set()
@@ -70,9 +71,15 @@ class Poller:
         self._failed_at: float | None = None
         self._looked_at: float = float("-inf")
 
-    def wake(self, *, doubt: bool = False) -> None:
-        """Probe as soon as possible, even if a probe is on its way."""
+    def wake(self, *, doubt: bool = False, anew: bool = False) -> None:
+        """Probe as soon as possible, even if a probe is on its way.
+
+        Args:
+            doubt: something went wrong there.
+            anew: over a new connection: behind a proxy, the one that is kept may lead to another server than new ones do.
+        """
         self.doubted = self.doubted or doubt
+        self._anew = self._anew or anew
         self._wake.set()
 
     def probed(self) -> "asyncio.Future[None]":
@@ -99,6 +106,9 @@ class Poller:
         self._wake.clear()
         waiting, self._waiting = self._waiting, []
         doubted = self.doubted
+        if self._anew:
+            self._anew = False
+            self._replace(self._probe)
         kept = self._probe.is_open()
         sent = self._keeper.clock()
         result = await self._ask()
