@@ -16,6 +16,8 @@ _FIRST_BACKOFF = 0.1
 _DEAD_CAP = 2.0
 _DEAD_CAP_IN_A_HURRY = 0.25
 _GOODBYE = 1.0
+_LOOK_AGAIN = 60.0  # between two looks at the files of a replica's log: it lists a directory
+_LOOK_SOON = 0.5  # the same where nothing else tells its timeline
 _BLOCKED = 0.02  # by which a timer is late where the event loop was blocked
 _CHANCES = 3
 _TURNS = 5  # of the event loop, from a packet that is there to the end of the probe
@@ -70,6 +72,7 @@ class Poller:
         self._backoff = _FIRST_BACKOFF
         self._failed_at: float | None = None
         self._looked_at: float = float("-inf")
+        self._streaming = False
 
     def wake(self, *, doubt: bool = False, anew: bool = False) -> None:
         """Probe as soon as possible, even if a probe is on its way.
@@ -129,7 +132,7 @@ class Poller:
     async def _ask(self) -> Observation | Failure:
         """Probe once, within the limit."""
         probe, now = self._probe, self._keeper.clock()
-        look = now - self._looked_at > 60 or not probe.is_open()
+        look = not probe.is_open() or now - self._looked_at > (_LOOK_AGAIN if self._streaming else _LOOK_SOON)
         connecting = not probe.is_open()
         task = asyncio.get_running_loop().create_task(observe(probe, look_for_evidence=look))
         self._stragglers.add(task)
@@ -147,6 +150,7 @@ class Poller:
             self._replace(probe)
             return classify(exc)
         self._looked_at = now if look else self._looked_at
+        self._streaming = observation.timeline is not None
         return observation
 
     async def _within_the_limit(self, task: "asyncio.Task[Observation]") -> None:

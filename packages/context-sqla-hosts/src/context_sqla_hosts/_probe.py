@@ -185,13 +185,13 @@ async def observe(probe: Probe, *, look_for_evidence: bool) -> Observation:
 
     Args:
         probe: the connection.
-        look_for_evidence: ask for the highest timeline of a replica that receives nothing at the moment. It lists a directory.
+        look_for_evidence: ask a replica for the highest timeline among the files of its log.
     """
     if not probe.is_open():
         await probe.open()
     replica, lsn, timeline, identifier, read_only, control, may_look, segment = await probe.fetch(_PROBE)
     evidence = None
-    if replica and may_look and (timeline is None or look_for_evidence):
+    if replica and may_look and look_for_evidence:
         (evidence,) = await probe.fetch(_EVIDENCE)
     if lsn is not None and not replica:
         lsn = end_of_record(lsn, segment)

@@ -193,7 +193,8 @@ class Tracker:
 
     def reset_fence(self) -> tuple[Event, ...]:
         """Forget the highest timeline, after a restore to an older one; the hosts that answer now set it anew."""
-        self._raised = True
+        self._raised, self._primary_lsn = True, None
+        self._samples = _Samples()
         self._fences.clear()
         self._confirmed.clear()
         for found in self._hosts.values():
