@@ -60,6 +60,36 @@ async def test_a_host_that_says_nothing_times_out(driver):
     assert (snapshot.hosts[0].state, snapshot.hosts[0].error) == ("dead", "timeout")
 
 
+async def test_an_error_of_our_own_does_not_end_the_watch(unused_port, caplog):
+    """It is logged with its traceback, and the next probe comes."""
+
+    class Faulty(Hosts):
+        errors = [ZeroDivisionError()]
+
+        def answered(self, *args):
+            if self.errors:
+                raise self.errors.pop()
+            super().answered(*args)
+
+    async with Faulty([f"127.0.0.1:{unused_port}"], interval=0.01) as hosts:
+        await hosts.ready(primary=False, timeout=30)
+
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_doubt_ends_with_a_probe_that_began_after_it(unused_port):
+    """However many ask for probes meanwhile."""
+    async with Hosts([f"127.0.0.1:{unused_port}"], interval=60) as hosts:
+        await hosts.ready(primary=False, timeout=30)
+        (host,) = [status.host for status in hosts.snapshot()]
+        hosts.report(host, ConnectionResetError())
+        assert hosts.in_doubt(host)
+        asking = [asyncio.ensure_future(hosts.refresh()) for _ in range(3)]
+        await asyncio.gather(*asking)
+
+        assert not hosts.in_doubt(host)
+
+
 async def test_it_starts_with_the_application(unused_port):
     """As its lifespan."""
     hosts = Hosts([f"127.0.0.1:{unused_port}"])

@@ -156,7 +156,7 @@ class _Bound:
 
 
 def _report(hosts: Hosts, host: str, context: ExceptionContext, writes: bool) -> None:
-    if isinstance(context.original_exception, NoHostError):
+    if isinstance(context.original_exception, NoHostError | asyncio.CancelledError):
         return
     error = context.sqlalchemy_exception or context.original_exception
     if context.is_disconnect or is_about_the_host(error) or is_about_the_host(context.original_exception):

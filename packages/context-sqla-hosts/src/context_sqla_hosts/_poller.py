@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 from typing import Protocol
 
 from ._address import Address, Login
 from ._probe import Probe, classify, make_probe, observe
 from ._tracker import Failure, Observation
+
+logger = logging.getLogger("context_sqla.hosts")
 
 _GAP = 0.05  # between two probes of a host that does not answer, whoever asks for them
 _HURRY = 0.05  # between two probes while there is no primary
@@ -65,6 +68,7 @@ class Poller:
         self._login = login
         self._keeper = keeper
         self._probe: Probe = self._new_probe()
+        self._doubts = 0
         self._anew = False
         self._wake = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
@@ -82,6 +86,7 @@ class Poller:
             anew: over a new connection: behind a proxy, the one that is kept may lead to another server than new ones do.
         """
         self.doubted = self.doubted or doubt
+        self._doubts += doubt
         self._anew = self._anew or anew
         self._wake.set()
 
@@ -96,7 +101,10 @@ class Poller:
         """Probe for ever."""
         try:
             while True:
-                await self._once()
+                try:
+                    await self._once()
+                except Exception:
+                    logger.exception("An error in the watch of %s; it goes on", self.host)
                 await self._pause()
         finally:
             self._probe.lost = None
@@ -108,26 +116,31 @@ class Poller:
     async def _once(self) -> None:
         self._wake.clear()
         waiting, self._waiting = self._waiting, []
-        doubted = self.doubted
+        try:
+            await self._look()
+        finally:
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
+
+    async def _look(self) -> None:
+        """Probe, and tell the monitor."""
+        doubts = self._doubts
         if self._anew:
             self._anew = False
             self._replace(self._probe)
-        kept = self._probe.is_open()
-        sent = self._keeper.clock()
+        kept, sent = self._probe.is_open(), self._keeper.clock()
         result = await self._ask()
         if kept and isinstance(result, Failure) and result.hard:
             # Its connection was ended, which an administrator may do: the server is dead if it takes no new one.
             sent = self._keeper.clock()
             result = await self._ask()
-        if doubted and not self._wake.is_set():
+        if self._doubts == doubts:
             self.doubted = False
         failed = isinstance(result, Failure)
         self._failed_at = self._keeper.clock() if failed else None
-        self._keeper.answered(self, result, sent)
         self._backoff = min(self._backoff * 2, max(_DEAD_CAP, self._keeper.interval)) if failed else _FIRST_BACKOFF
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        self._keeper.answered(self, result, sent)
 
     async def _ask(self) -> Observation | Failure:
         """Probe once, within the limit."""
