@@ -73,6 +73,33 @@ async def test_switching_ten_times_a_second_harms_nobody(calm, figure, client):
     assert {port for *_, port in requests.done} == set(ports)
 
 
+class Fickle(Choice):
+    """Regrets each connection as soon as it is made."""
+
+    def __init__(self, hosts, host):
+        super().__init__(hosts, writes=False)
+        self.host = host
+        self.asked = 0
+
+    async def choose(self):
+        return self.host
+
+    def allows(self, host):
+        self.asked += 1
+        return self.asked % 2 == 1
+
+
+async def test_a_role_that_changes_while_a_session_connects_does_not_fail_it(calm):
+    """SQLAlchemy tries a checkout twice: a connection that was right when it was made is used, and cut if its host has died."""
+    async with watch(calm) as hosts:
+        engine = create_async_engine(f"postgresql+asyncpg://{USER}:{PASSWORD}@nowhere/{DATABASE}", pool_size=1)
+        bind_engine(engine, Fickle(hosts, calm[1].address))
+        for _ in range(5):
+            async with engine.connect() as connection:
+                assert (await connection.execute(PORT)).scalar_one() == calm[1].port
+        await engine.dispose()
+
+
 class Requests:
     def __init__(self):
         self.done, self.errors = [], []

@@ -20,6 +20,7 @@ from .errors import NoHostError
 Creator: TypeAlias = Callable[..., Awaitable[Any]]
 
 _HOST = "context_sqla_hosts.host"
+_NEW = "context_sqla_hosts.new"
 _PAUSE = 0.05  # between two attempts to connect where the monitor has not noticed yet
 
 
@@ -141,10 +142,12 @@ class _Bound:
 
     def _connected(self, dbapi: Any, record: Any) -> None:
         record.info[_HOST] = self._hosts_of.get(dbapi.driver_connection)
+        record.info[_NEW] = True
 
     def _checked_out(self, _dbapi: Any, record: Any, _proxy: Any) -> None:
         host = record.info.get(_HOST)
-        if host is None or not self._choice.allows(host):
+        # A new one was checked when it was made, and is cut if its host has died since: SQLAlchemy tries only twice.
+        if not record.info.pop(_NEW, False) and (host is None or not self._choice.allows(host)):
             raise DisconnectionError(f"{host} no longer qualifies")
 
     def _failed(self, context: ExceptionContext) -> None:
