@@ -32,6 +32,7 @@ PACKAGES = [
     "context-sqla-aiohttp",
     "context-sqla-sanic",
     "context-sqla-pytest",
+    "context-sqla-hosts",
 ]
 # What each framework's adapter needs of this workspace; its sessions install nothing else of it.
 FRAMEWORKS = {
@@ -45,6 +46,7 @@ FRAMEWORKS = {
 }
 PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
+HOSTS = "integration-tests/hosts"
 RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
 
@@ -72,6 +74,7 @@ def tests(session: nox.Session) -> None:
     session.notify("examples")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
+    session.notify("hosts")
     session.notify("results")
 
 
@@ -169,6 +172,13 @@ def contract(session: nox.Session, framework: str) -> None:
     run_contract(session, framework, "newest")
 
 
+@nox.session(tags=["ci"])
+def hosts(session: nox.Session) -> None:
+    """Run the acceptance of context-sqla-hosts on a real cluster, and print its figures; `PG_BINDIR` names another PostgreSQL."""
+    install(session, "test", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
+    session.run("pytest", HOSTS, f"--confcutdir={HOSTS}", *session.posargs)
+
+
 @nox.session(name="contract-full", tags=["nightly"])
 @nox.parametrize("framework", list(FRAMEWORKS), ids=list(FRAMEWORKS))
 def contract_full(session: nox.Session, framework: str) -> None:
@@ -204,6 +214,7 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", "-m", "pytest", *(f"packages/{name}/tests" for name in PACKAGES))
     for framework in FRAMEWORKS:
         session.run("coverage", "run", "-m", "pytest", "integration-tests/contract", f"--framework={framework}")
+    session.run("coverage", "run", "-m", "pytest", HOSTS, f"--confcutdir={HOSTS}")
     session.run("coverage", "combine")
     session.run("coverage", "report", "--fail-under=96")
 

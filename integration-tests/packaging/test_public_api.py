@@ -17,6 +17,8 @@ PUBLIC_MODULES = [
     "context_sqla_aiohttp",
     "context_sqla_asgi",
     "context_sqla_fastapi",
+    "context_sqla_hosts",
+    "context_sqla_hosts.errors",
     "context_sqla_litestar",
     "context_sqla_pytest",
     "context_sqla_quart",

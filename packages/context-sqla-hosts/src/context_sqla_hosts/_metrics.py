@@ -1,0 +1,60 @@
+"""Counters of what the monitor saw and what was chosen; a server of metrics reads them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Upper limits of the histogram of probes, in seconds."""
+
+
+Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
+
+
+class Sample(NamedTuple):
+    """One figure.
+
+    Args:
+        name: without a prefix, such as "probe_failures_total".
+        labels: names and values.
+        value: the figure.
+    """
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    value: float
+
+
+class Metrics:
+    """Figures that only grow; no label has a password or a driver's text (P20)."""
+
+    def __init__(self) -> None:
+        self._values: dict[Key, float] = {}
+
+    def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Let a figure grow."""
+        key = (name, tuple(labels.items()))
+        self._values[key] = self._values.get(key, 0) + amount
+
+    def key(self, name: str, /, **labels: str) -> Key:
+        """Return the key of a figure that is counted often."""
+        return (name, tuple(labels.items()))
+
+    def count(self, key: Key) -> None:
+        """Let a figure grow by one."""
+        self._values[key] = self._values.get(key, 0) + 1
+
+    def get(self, name: str, /, **labels: str) -> float:
+        """Return a figure, 0 where nothing was counted."""
+        return self._values.get((name, tuple(labels.items())), 0)
+
+    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
+        """Add to a histogram: cumulative buckets `name_bucket{le=}`, `name_sum` and `name_count`."""
+        for limit in BUCKETS:
+            self.add(f"{name}_bucket", float(seconds <= limit), **labels, le=f"{limit:g}")
+        self.add(f"{name}_bucket", 1, **labels, le="+Inf")
+        self.add(f"{name}_sum", seconds, **labels)
+        self.add(f"{name}_count", 1, **labels)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for (name, labels), value in self._values.items():
+            yield Sample(name, labels, value)
