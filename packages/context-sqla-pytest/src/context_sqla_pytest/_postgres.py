@@ -176,7 +176,7 @@ def _temporary(account: _Account) -> Path:
         path = Path(tempfile.mkdtemp(prefix="context-sqla-postgres-", dir=parent))
         if account.name is not None:
             os.chown(path, account.uid, account.gid)
-        test = ["/bin/sh", "-c", 'test -w "$1" && ls "$2"', "sh", parent, path]
+        test = ["/bin/sh", "-c", 'test -w "$1" && ls "$2"', "sh", parent, str(path)]
         if subprocess.run(test, cwd="/", capture_output=True, check=False, **account.popen).returncode == 0:
             return path
         path.rmdir()
