@@ -165,6 +165,18 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session(tags=["ci"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation into build/docs, where warnings are errors, and check its links; `-- --open` shows it."""
+    install(session, "docs", "demo", packages=PACKAGES)
+    site = Path("build", "docs").resolve()
+    shutil.rmtree(site, ignore_errors=True)
+    session.run("sphinx-build", "--quiet", "--fail-on-warning", "--keep-going", "-d", session.create_tmp(), "docs", str(site))
+    session.run("python", "docs/check_site.py", str(site))
+    if "--open" in session.posargs:
+        session.run("python", "-m", "webbrowser", (site / "index.html").as_uri())
+
+
+@nox.session(tags=["ci"])
 @each_framework
 def contract(session: nox.Session, framework: str) -> None:
     """Run every promise on one framework, whose adapter is alone with its declared dependencies."""

@@ -82,4 +82,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve()
     if wrong := [*broken_links(folder), *missing_names(folder)]:
         sys.exit("\n".join(wrong))
-    print(f"{len(list(folder.rglob('*.html')))} pages: every link inside leads somewhere, every public name is there")  # noqa: T201
+    print(f"{len(list(folder.rglob('*.html')))} pages: every link inside leads somewhere, every public name is there")

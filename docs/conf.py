@@ -2,10 +2,10 @@
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
@@ -61,6 +61,16 @@ INCLUDED = {
 }
 _HIDDEN = re.compile(r"^<!---.*?^--->$\n?|^<!-- .*? -->$\n?", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:|mailto:|#|/)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+_FENCE = re.compile(r"^```.*?^```$\n?", re.MULTILINE | re.DOTALL)
+# Types by their names: without them, a signature has what they stand for.
+_ALIASES = {
+    "Callable[[MutableMapping[str, Any], Callable[[], Awaitable[MutableMapping[str, Any]]], "
+    "Callable[[MutableMapping[str, Any]], Awaitable[None]]], Awaitable[None]]": "ASGIApp",
+    "Callable[[MutableMapping[str, Any]], Awaitable[None]]": "Send",
+    "Callable[[], Awaitable[MutableMapping[str, Any]]]": "Receive",
+    "Callable[[AsyncSession], Awaitable[Any]]": "BeforeCommitCallback",
+    "Callable[[int], bool]": "Rule",
+}
 _KINDS = {"added": "Added", "changed": "Changed", "deprecated": "Deprecated", "removed": "Removed", "fixed": "Fixed"}
 
 
@@ -114,6 +124,14 @@ def not_released() -> str:
     return "\n".join(parts) + "\n" if len(parts) > 1 else ""
 
 
+def name_types(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
+    """Let a signature say the names of types."""
+    for long, short in _ALIASES.items():
+        signature = signature.replace(long, short) if signature else signature
+        returns = returns.replace(long, short) if returns else returns
+    return signature, returns
+
+
 def write_llms_txt(app: Sphinx, exception: Exception | None) -> None:
     """Write llms.txt: what this is, and every page with its first sentence, for readers that are programs."""
     if exception is not None or app.builder.name != "html":
@@ -133,11 +151,10 @@ def write_llms_txt(app: Sphinx, exception: Exception | None) -> None:
 
 
 def _first_sentence(name: str) -> str:
-    text = _HIDDEN.sub("", (DOCS / f"{name}.md").read_text("utf-8"))
-    for line in text.splitlines()[1:]:
-        if line[:1].isalpha() or line[:1] in "*`[":
-            return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line.lstrip("* "))
-    return re.sub(r"^# ", "", text.splitlines()[0])
+    """Return the first line of a page's text, without its links."""
+    text = _FENCE.sub("", _HIDDEN.sub("", (DOCS / f"{name}.md").read_text("utf-8")))
+    lines = [line for line in text.splitlines()[1:] if re.match(r"[A-Za-z*`\[]", line)]
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", lines[0].lstrip("* ")) if lines else ""
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -145,5 +162,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("diagram", Diagram)
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
+    app.connect("autodoc-process-signature", name_types)
     app.connect("build-finished", write_llms_txt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
