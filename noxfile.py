@@ -72,6 +72,7 @@ def tests(session: nox.Session) -> None:
     session.notify("sqlalchemy-2.0")
     session.notify("plugin")
     session.notify("examples")
+    session.notify("docs")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
     session.notify("hosts")
