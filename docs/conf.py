@@ -57,7 +57,6 @@ INCLUDED = {
     "CHANGELOG.md": "/project/changelog.md",
     ".github/CONTRIBUTING.md": "/project/contributing.md",
     ".github/SECURITY.md": "/project/security.md",
-    "docs/changelog.d/README.md": "/project/contributing.md",
 }
 _HIDDEN = re.compile(r"^<!---.*?^--->$\n?|^<!-- .*? -->$\n?", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:|mailto:|#|/)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
@@ -94,7 +93,7 @@ def for_the_site(text: str, source: Path, *, included: bool = False) -> str:
         anchor = match["anchor"] or ""
         if (own := INCLUDED.get(target.relative_to(ROOT).as_posix())) is not None:
             return f"]({own}{anchor})"
-        if target.suffix == ".md" and target.is_relative_to(DOCS):
+        if target.suffix == ".md" and target.is_relative_to(DOCS) and not target.is_relative_to(DOCS / "changelog.d"):
             return f"](/{target.relative_to(DOCS).as_posix()}{anchor})" if included else match[0]
         kind = "tree" if target.is_dir() else "blob"
         return f"]({REPOSITORY}/{kind}/main/{target.relative_to(ROOT).as_posix()}{anchor})"
