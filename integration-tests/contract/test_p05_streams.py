@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import importlib.util
 import io
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -1473,9 +1474,9 @@ async def _generator_endpoint(
 ) -> AsyncIterator[Service]:
     """Serve an endpoint that writes "handler" and then streams what ``generate()`` yields; append its requests to ``requests``.
 
-    In FastAPI the generator is the endpoint itself and a dependency writes; elsewhere it is the body of a response.
+    In FastAPI, where it can, the generator is the endpoint itself and a dependency writes; elsewhere it is the body of a response.
     """
-    if stack.framework == "fastapi":
+    if stack.framework == "fastapi" and importlib.util.find_spec("fastapi.sse") is not None:
         async with _native(_fastapi_generator(kind, db, generate), framework, stack) as service:
             yield service
         return
