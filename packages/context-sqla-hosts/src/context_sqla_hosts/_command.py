@@ -16,6 +16,7 @@ from importlib.metadata import version
 from ipaddress import ip_address
 
 from ._environment import Settings, read_environment
+from ._history import shown_lag
 from ._monitor import Hosts
 from ._server import Server
 from ._snapshot import HostStatus, Snapshot
@@ -242,7 +243,7 @@ def _render(snapshot: Snapshot, now: float) -> str:
     rows: list[tuple[str, ...]] = [("host", "state", "role", "timeline", "lag", "bytes", "error")]
     for status in snapshot:
         primary = status.host == snapshot.primary
-        lag = 0.0 if primary else status.lag(now)
+        lag = shown_lag(status, snapshot, now)
         role = f"{status.role}{'' if primary or status.role != 'primary' else ' (not used)'}"
         figures = (status.timeline, None if lag is None else f"{lag:.3f} s", status.lag_bytes, status.error)
         rows.append((status.host, status.state, role, *("-" if figure is None else str(figure) for figure in figures)))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from ._history import shown_lag
 from ._metrics import Sample
 from ._snapshot import HostStatus, Snapshot
 
@@ -50,23 +51,21 @@ def _gauges(snapshot: Snapshot, now: float) -> Iterator[Sample]:
         yield Sample("fence_timeline", (), float(snapshot.fence))
     for status in snapshot:
         host = ("host", status.host)
-        primary = status.host == snapshot.primary
         yield Sample("up", (host,), float(status.state in ("up", "suspect")))
-        yield Sample("primary", (host,), float(primary))
+        yield Sample("primary", (host,), float(status.host == snapshot.primary))
         yield Sample("fenced", (host,), float(status.fenced))
         for role in ("primary", "replica", "unknown"):
             yield Sample("role", (host, ("role", role)), float(status.role == role))
-        for name, value in _figures(status, now, primary=primary):
+        for name, value in _figures(status, snapshot, now):
             if value is not None:
                 yield Sample(name, (host,), float(value))
 
 
-def _figures(status: HostStatus, now: float, *, primary: bool) -> Iterator[tuple[str, float | None]]:
+def _figures(status: HostStatus, snapshot: Snapshot, now: float) -> Iterator[tuple[str, float | None]]:
     yield "timeline", status.timeline
     yield "observation_age_seconds", status.age(now)
-    if status.state in ("up", "suspect"):
-        yield "lag_seconds", 0.0 if primary else status.lag(now)
-        yield "lag_bytes", status.lag_bytes
+    yield "lag_seconds", shown_lag(status, snapshot, now)
+    yield "lag_bytes", status.lag_bytes
 
 
 def _family(name: str) -> str:

@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ._monitor import Hosts
+from ._snapshot import HostStatus, Snapshot
 
 EVERY = 2.0
 """Seconds between two samples."""
 SPAN = 300.0
 """Seconds that are kept."""
+
+
+def shown_lag(status: HostStatus, snapshot: Snapshot, now: float) -> float | None:
+    """Return the lag in seconds as it is shown: of the primary 0, of what is neither that nor a replica of ours None."""
+    if status.state not in ("up", "suspect") or status.foreign:
+        return None
+    if status.host == snapshot.primary:
+        return 0.0
+    return status.lag(now) if status.role == "replica" else None
 
 
 class Moment(NamedTuple):
@@ -19,7 +29,7 @@ class Moment(NamedTuple):
     Args:
         at: by the monitor's clock.
         primary: the host that it was.
-        lags: seconds for each host that answered, None where the lag was unknown.
+        lags: seconds for each host, None where its lag was unknown.
     """
 
     at: float
@@ -53,9 +63,7 @@ class History:
     def sample(self) -> None:
         """Take one."""
         snapshot, now = self._hosts.snapshot(), self._hosts.clock()
-        live = [status for status in snapshot if status.state in ("up", "suspect")]
-        lags = {s.host: 0.0 if s.host == snapshot.primary else s.lag(now) for s in live}
-        self._moments.append(Moment(now, snapshot.primary, lags))
+        self._moments.append(Moment(now, snapshot.primary, {s.host: shown_lag(s, snapshot, now) for s in snapshot}))
 
     def _take(self) -> None:
         self._timer = None

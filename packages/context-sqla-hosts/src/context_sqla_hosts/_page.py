@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
-from ._history import EVERY, SPAN, Moment
+from ._history import EVERY, SPAN, Moment, shown_lag
 from ._snapshot import HostStatus, Snapshot
 
 _WIDTH, _HEIGHT = 640, 220
@@ -89,21 +89,20 @@ def _table(snapshot: Snapshot, now: float) -> Iterator[str]:
     )
     for status in snapshot:
         primary = status.host == snapshot.primary
-        cells = _cells(status, now, primary=primary)
+        cells = _cells(status, shown_lag(status, snapshot, now), now, primary=primary)
         row = "".join(f'<td data-label="{label}">{cell}</td>' for label, cell in zip(labels, cells, strict=True))
         yield f'<tr><th scope="row">{escape(status.host)}</th>{row}</tr>'
     yield "</tbody>\n</table>"
 
 
-def _cells(status: HostStatus, now: float, *, primary: bool) -> tuple[str, ...]:
-    lag, age = (0.0 if primary else status.lag(now)), status.age(now)
-    live = status.state in ("up", "suspect")
+def _cells(status: HostStatus, lag: float | None, now: float, *, primary: bool) -> tuple[str, ...]:
+    age = status.age(now)
     return (
         _role(status, primary=primary),
         _state(status),
         str(status.timeline) if status.timeline is not None else _NONE,
-        _seconds(lag) if live and lag is not None else _NONE,
-        _bytes(status.lag_bytes) if live and status.lag_bytes is not None else _NONE,
+        _seconds(lag) if lag is not None else _NONE,
+        _bytes(status.lag_bytes) if status.lag_bytes is not None else _NONE,
         f"{_seconds(age)} ago" if age is not None else "never",
     )
 

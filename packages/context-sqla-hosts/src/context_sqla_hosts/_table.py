@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any, TypeAlias
 
 from ._exposition import CONTENT_TYPE, expose
-from ._history import History
+from ._history import History, shown_lag
 from ._monitor import Hosts
 from ._page import render
 from ._position import format_lsn
@@ -189,15 +189,15 @@ class Table:
 
     def _describe(self, status: HostStatus, snapshot: Snapshot, now: float, *, detail: bool) -> dict[str, Any]:
         alive, master = status.state in ("up", "suspect"), status.host == snapshot.primary
-        lag = (0.0 if master else status.lag(now)) if alive else None
+        lag = shown_lag(status, snapshot, now)
         described: dict[str, Any] = {
             **self._places(status),
             "master": master,
             "alive": alive,
             "lag_ms": None if lag is None else math.ceil(lag * 1000),
-            "sync_by_time": master or (alive and self._picker.is_within_time(status, self._max_lag_ms / 1000, now)),
+            "sync_by_time": master or (lag is not None and self._picker.is_within_time(status, self._max_lag_ms / 1000, now)),
             "lag_bytes": status.lag_bytes if alive else None,
-            "sync_by_bytes": master or (alive and self._picker.is_within_bytes(status, self._max_lag_bytes, now)),
+            "sync_by_bytes": master or (lag is not None and self._picker.is_within_bytes(status, self._max_lag_bytes, now)),
             "lsn": format_lsn(status.lsn) if alive and status.lsn is not None else None,
         }
         return described | (_details(status, now) if detail else {})
