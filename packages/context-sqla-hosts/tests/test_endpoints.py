@@ -28,7 +28,16 @@ SELECTIONS = [
     "/sync_by_time_and_bytes",
     "/most_sync_by_bytes",
 ]
-DOCUMENTS = ["/hosts", "/status?host=b", "/status?host=b:5432", "/status", "/status?host=nowhere", "/replicas_info", "/ready", "/live"]
+DOCUMENTS = [
+    "/hosts",
+    "/status?host=b",
+    "/status?host=b:5432",
+    "/status",
+    "/status?host=nowhere",
+    "/replicas_info",
+    "/ready",
+    "/live",
+]
 LIMITS = [
     "/replica?lag_ms=100",
     "/replica?lag_ms=5000",
@@ -412,7 +421,14 @@ class Client:
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "method": method, "path": path, "root_path": self.root, "query_string": query, "headers": headers}
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "root_path": self.root,
+            "query_string": query,
+            "headers": headers,
+        }
         await self.app(scope, None, send)
         head, body = sent
         return head["status"], dict(head["headers"]), body["body"]

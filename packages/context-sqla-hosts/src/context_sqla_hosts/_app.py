@@ -53,7 +53,7 @@ class StatusApp:
         accept = b", ".join(value for name, value in scope["headers"] if name.lower() == b"accept")
         query = scope.get("query_string", b"").decode("latin-1")
         found = self._table.find(scope["method"], _path(scope), query, accept.decode("latin-1"))()
-        reply = found if isinstance(found, Reply) else await found
+        reply = found if isinstance(found, Reply) else await found()
         headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})

@@ -1,8 +1,9 @@
 """Answers: a status, headers and a body, ready for a socket and for ASGI."""
 
 import json
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
@@ -34,6 +35,10 @@ class Reply:
 
     def __repr__(self) -> str:
         return f"<Reply {self.status} {self.body!r}>"
+
+
+Later: TypeAlias = Callable[[], Awaitable[Reply]]
+"""An answer that has to be waited for; a function, so that nothing is left of it where nobody does."""
 
 
 def text_reply(text: str, status: int = 200, **options: Any) -> Reply:

@@ -2,12 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ._monitor import Hosts
 from ._query import Limits
-from ._reply import NOT_READY, Reply
+from ._reply import NOT_READY, Later, Reply
 from ._snapshot import HostStatus, Snapshot
 
 _CYCLE = 64  # the longest order in which replicas of different weights take turns
@@ -143,12 +143,12 @@ class Selection:
         self._replies: list[Reply] = [NOT_READY]
         self._key = hosts.metrics.key("selections_total")
 
-    def __call__(self) -> Reply | Awaitable[Reply]:
+    def __call__(self) -> Reply | Later:
         hosts = self._hosts
         if hosts.snapshot() is not self._seen or hosts.clock() > self._until:
             self._work_out()
         if self._wait and self._outcome not in (self._wanted, "not ready"):
-            return self._waited()
+            return self._waited
         return self._next()
 
     def _work_out(self) -> None:

@@ -4,11 +4,10 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable
 from email.utils import formatdate
 from typing import NamedTuple
 
-from ._reply import Reply, error_reply
+from ._reply import Later, Reply, error_reply
 from ._table import Answer, Table
 
 logger = logging.getLogger("context_sqla.hosts")
@@ -231,9 +230,9 @@ class _Connection(asyncio.Protocol):
             self._hang_up()
         return request.keep_alive
 
-    async def _wait(self, answer: Awaitable[Reply], request: _Request) -> None:
+    async def _wait(self, answer: Later, request: _Request) -> None:
         try:
-            reply = await answer
+            reply = await answer()
         except Exception:
             logger.exception("An endpoint failed")
             reply, request = _BROKEN, request._replace(keep_alive=False)

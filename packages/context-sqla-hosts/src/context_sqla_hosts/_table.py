@@ -1,7 +1,7 @@
 """The endpoints: those of pg-status 1.0.0 and 2.2.0, and ours. The server and the ASGI application ask here."""
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeAlias
@@ -12,11 +12,11 @@ from ._monitor import Hosts
 from ._page import render
 from ._position import format_lsn
 from ._query import Limits, Query, QueryError, prefers_json
-from ._reply import NO_METHOD, NOT_FOUND, NOT_READY, OPTIONS, Reply, error_reply, json_reply, text_reply
+from ._reply import NO_METHOD, NOT_FOUND, NOT_READY, OPTIONS, Later, Reply, error_reply, json_reply, text_reply
 from ._selection import Pick, Picker, Selection, pick_primary
 from ._snapshot import HostStatus, Snapshot
 
-Answer: TypeAlias = Callable[[], Reply | Awaitable[Reply]]
+Answer: TypeAlias = Callable[[], Reply | Later]
 """Answers one form of a request. It may be kept, and called again for the same request."""
 
 _KNOWN = 1024  # answers that are kept
