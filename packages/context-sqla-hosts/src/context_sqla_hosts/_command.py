@@ -87,6 +87,7 @@ def parse_listen(text: str) -> tuple[str | None, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m context_sqla_hosts",
+        allow_abbrev=False,
         description="Which PostgreSQL host is the primary, and which replica is fresh enough.",
         epilog="Every option has an environment variable: CONTEXT_SQLA_HOSTS_MAX_LAG_MS for --max-lag-ms. Those of pg-status "
         "(pg_status__*) are read too. Passwords: CONTEXT_SQLA_HOSTS_PASSWORD, --password-file, PGPASSWORD, or ~/.pgpass.",
@@ -94,21 +95,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("context-sqla-hosts"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve | check | primary")
     common = _common()
-    serve = commands.add_parser("serve", parents=[common], help="answer over HTTP, as pg-status does")
+    serve = commands.add_parser("serve", allow_abbrev=False, parents=[common], help="answer over HTTP, as pg-status does")
     serve.add_argument(
         "--listen", metavar="ADDRESS:PORT", help="default 127.0.0.1:8000; another address lets others see the names of the hosts"
     )
     serve.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     serve.add_argument("--log-format", metavar="FORMAT", help="text or json")
-    check = commands.add_parser("check", parents=[common], help="probe, print a table, and exit with 0, 1 or 2 as Nagios has it")
+    check = commands.add_parser(
+        "check", allow_abbrev=False, parents=[common], help="probe, print a table, and exit with 0, 1 or 2 as Nagios has it"
+    )
     check.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="for the first answers; default 5")
-    primary = commands.add_parser("primary", parents=[common], help="print the primary as host:port")
+    primary = commands.add_parser("primary", allow_abbrev=False, parents=[common], help="print the primary as host:port")
     primary.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="for a primary; default 5")
     return parser
 
 
 def _common() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--hosts", metavar="HOSTS", help="db1,db2:5433")
     common.add_argument("--user", metavar="NAME", help="with pg_monitor, timelines of replicas are seen")
     common.add_argument("--password-file", metavar="PATH", help="read anew for each connection; there is no --password")
