@@ -21,8 +21,9 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from hosts.cluster import DATABASE, MONITOR, PASSWORD, Node, cluster
 from support.postgres import free_port
+
+from hosts.cluster import DATABASE, MONITOR, PASSWORD, Node, cluster
 
 CONNECTIONS = 32
 _TICKS = os.sysconf("SC_CLK_TCK")
