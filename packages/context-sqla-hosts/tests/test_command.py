@@ -1,5 +1,6 @@
 """The command line: what it prints, how it ends, and that no password is anywhere."""
 
+import asyncio
 import json
 import logging
 import re
@@ -10,14 +11,14 @@ import urllib.request
 
 import pytest
 from context_sqla_hosts import HostStatus, Snapshot
-from context_sqla_hosts._command import _judge, _render, main, parse_listen
+from context_sqla_hosts._command import _is_loopback, _judge, _log, _render, _serve, main, parse_listen
 from context_sqla_hosts._environment import Settings
 
 SECRET = "hunter2"
 
 
-@pytest.fixture(autouse=True)
-def _log():
+@pytest.fixture(name="log", autouse=True)
+def _restored_log():
     """The command sets up its process's log."""
     root = logging.getLogger("context_sqla")
     before = root.handlers[:], root.propagate, root.level
@@ -162,10 +163,10 @@ def get(url):
         return response.read().decode()
 
 
-@pytest.mark.parametrize("log", ["text", "json"])
-def test_it_serves_until_it_is_told_to_end(unused_port, log):
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_it_serves_until_it_is_told_to_end(unused_port, form):
     """As a process of its own: SIGTERM ends it well, and nothing that it says has the password."""
-    variables = {**environ(unused_port), "CONTEXT_SQLA_HOSTS_LOG_FORMAT": log}
+    variables = {**environ(unused_port), "CONTEXT_SQLA_HOSTS_LOG_FORMAT": form}
     with start("--listen", "127.0.0.1:0", variables=variables) as process:
         said = ""
         while not (found := re.search(r"Listening on (http://127\.0\.0\.1:\d+)", said)):
@@ -180,7 +181,7 @@ def test_it_serves_until_it_is_told_to_end(unused_port, log):
     assert answers[:2] == ["OK", "OK"]
     assert SECRET not in said + err + "".join(answers)
     lines = (said + err).splitlines()
-    if log == "json":
+    if form == "json":
         assert {"@timestamp", "levelStr", "component", "message"} == set.intersection(*(set(json.loads(line)) for line in lines))
     else:
         assert all(re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z (INFO|WARNING|ERROR) ", line) for line in lines)
@@ -209,3 +210,58 @@ def test_an_address_that_is_taken_is_an_error(unused_port):
 
     assert second.returncode == 3
     assert f"Cannot listen on {found[1]}" in err
+
+
+async def test_serving_ends_with_a_signal_and_leaves_nothing(told, caplog):
+    """No task, no socket, no timer; in between it answers."""
+    hosts, settings = told(["a"]), Settings(hosts=("a",))
+    caplog.set_level("INFO")
+    before = asyncio.all_tasks()
+    serving = asyncio.ensure_future(_serve(hosts, settings, "127.0.0.1", 0))
+    while not (found := re.search(r"http://(127\.0\.0\.1):(\d+)", caplog.text)):
+        await asyncio.sleep(0)
+    reader, writer = await asyncio.open_connection(found[1], int(found[2]))
+    writer.write(b"GET /live HTTP/1.0\r\n\r\n")
+    assert (await asyncio.wait_for(reader.read(), 10)).endswith(b"\r\n\r\nOK")
+    writer.close()
+    signal.raise_signal(signal.SIGTERM)
+
+    assert await asyncio.wait_for(serving, 20) == 0
+    assert asyncio.all_tasks() == before
+    assert not hosts.is_watching
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("db1", False),
+        (None, False),
+    ],
+)
+def test_what_is_loopback(host, loopback):
+    """A name may resolve to anything."""
+    assert _is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("log_format", "pattern"), [("text", r".*Z ERROR it failed\nTraceback .*"), ("json", r'\{.*"exception": ".*')]
+)
+def test_an_error_in_the_log_has_its_trace(capsys, log_format, pattern):
+    """In one line where lines are records."""
+    _log(Settings(log_format=log_format, log_level="warn"))
+    logger = logging.getLogger("context_sqla.hosts")
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        logger.exception("it failed")
+    logger.info("this is not said")
+    err = capsys.readouterr().err
+
+    assert re.fullmatch(pattern, err, re.DOTALL)
+    assert (len(err.splitlines()) == 1) is (log_format == "json")
+    assert "not said" not in err
