@@ -480,6 +480,22 @@ async def test_served_alone_it_starts_the_monitor(told, before):
     assert seen == [("lifespan.startup.complete", True), ("lifespan.shutdown.complete", before)]
 
 
+async def test_a_monitor_that_cannot_start_fails_the_server(told, monkeypatch):
+    """With its reason: a server would take an error alone for an application that has no lifespan."""
+    hosts, sent = told(HOSTS), []
+    monkeypatch.setattr(hosts, "start", lambda: 1 / 0)
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        sent.append(message)
+
+    await StatusApp(hosts)({"type": "lifespan"}, receive, send)
+
+    assert sent == [{"type": "lifespan.startup.failed", "message": "division by zero"}]
+
+
 async def test_a_websocket_is_turned_away(hosts):
     """There is nothing for it."""
     sent = []

@@ -99,6 +99,23 @@ def test_ours_win():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("variables", "interval"),
+    [
+        ({}, 0.25),
+        ({"pg_status__sync_max_lag_ms": "400"}, 0.1),
+        ({"pg_status__sync_max_lag_ms": "1"}, 0.05),
+        ({"pg_status__sync_max_lag_ms": "0"}, 1.0),
+        ({"pg_status__sync_max_lag_ms": "60000"}, 1.0),
+        ({"pg_status__sleep_ms": "100"}, 0.1),
+        ({"CONTEXT_SQLA_HOSTS_INTERVAL": "3"}, 3.0),
+    ],
+)
+def test_probes_come_often_enough_for_the_limit(variables, interval):
+    """The age of a probe is in the lag: with one a second, a limit of a second would be missed by replicas that are well."""
+    assert read(**variables).options["interval"] == interval
+
+
 def test_a_place_counts_where_every_host_has_one():
     """Half of it would send all reads to a few."""
     assert "locality" not in read(pg_status__hosts_dc="x", pg_status__current_dc="x").options

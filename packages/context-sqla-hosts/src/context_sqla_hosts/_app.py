@@ -61,8 +61,12 @@ class StatusApp:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         started = not self.hosts.is_watching
-        if started:
-            self.hosts.start()
+        try:
+            if started:
+                self.hosts.start()
+        except Exception as exc:  # a server takes an error without this message for an application that has no lifespan
+            await send({"type": "lifespan.startup.failed", "message": str(exc)})
+            return
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self._table.history.stop()

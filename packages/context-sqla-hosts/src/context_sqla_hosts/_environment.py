@@ -176,7 +176,7 @@ def _pace(reader: _Reader, max_lag_ms: int) -> dict[str, Any]:
 def _interval(reader: _Reader, max_lag_ms: int) -> float:
     """Return seconds between probes: four in the limit of the lag, which is an upper bound and has the age of a probe in it."""
     wanted = reader.whole("", "sleep_ms", default=1000 * reader.whole("", "sleep", default=1)) / 1000
-    return max(0.05, min(wanted, max_lag_ms / 4000))
+    return max(0.05, min(wanted, max_lag_ms / 4000)) if max_lag_ms else max(0.05, wanted)
 
 
 def _timeout(reader: _Reader) -> float | None:
