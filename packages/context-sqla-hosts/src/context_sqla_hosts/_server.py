@@ -14,6 +14,7 @@ logger = logging.getLogger("context_sqla.hosts")
 
 _MAX_HEAD = 8192
 _MAX_TARGET = 2048
+_TOGETHER = 64  # pieces that are sent at once
 _KEPT_HEADS = 1024
 _KEPT_HEAD_SIZE = 1024
 _TARGET = re.compile(r"[!-~]+")
@@ -166,7 +167,7 @@ class _Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Keep the other direction open while an answer is on its way."""
         self._ended = True
-        return self.task is not None
+        return self.task is not None or self._held
 
     def pause_writing(self) -> None:
         self._held = True
@@ -176,6 +177,7 @@ class _Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._held = False
+        self.deadline = self._loop.time() + self._server.head_timeout
         if self.task is None:
             self._proceed()
 
@@ -196,22 +198,27 @@ class _Connection(asyncio.Protocol):
             self.close()
 
     def _proceed(self) -> None:
-        """Answer every request that is whole; all answers go out together."""
+        """Answer every request that is whole, as long as the client takes the answers; they go out together."""
         out: list[bytes] = []
-        begun = not self._buffer  # what is in the buffer at the end is the beginning of another request
+        buffer, start, going, refusal = self._buffer, 0, True, None
         try:
-            while (end := self._buffer.find(b"\r\n\r\n", 0, _MAX_HEAD)) >= 0:
-                head, self._buffer, begun = self._buffer[:end], self._buffer[end + 4 :], True
-                if not self._answer(self._server.request(head), out):
-                    return
+            while going and not self._held and (end := buffer.find(b"\r\n\r\n", start, start + _MAX_HEAD)) >= 0:
+                head, start = buffer[start:end], end + 4
+                going = self._answer(self._server.request(head), out)
+                if len(out) > _TOGETHER:
+                    self._write(out)
         except _RefusedError as exc:
-            self._refuse(exc.reply, out)
+            refusal = exc.reply
+        if self._transport is None or self._transport.is_closing():
             return
-        if len(self._buffer) >= _MAX_HEAD:
-            self._refuse(_TOO_LARGE, out)
-            return
-        self._write(out)
-        self._rest(begun=begun)
+        self._buffer = buffer[start:]
+        if refusal is None and going and not self._held and len(self._buffer) >= _MAX_HEAD:
+            refusal = _TOO_LARGE
+        if refusal is not None:
+            self._refuse(refusal, out)
+        elif going:
+            self._write(out)
+            self._rest(begun=bool(start) or not buffer)
 
     def _answer(self, request: _Request, out: list[bytes]) -> bool:
         """Answer one request; return whether the next one may be looked at."""
@@ -237,10 +244,11 @@ class _Connection(asyncio.Protocol):
             logger.exception("An endpoint failed")
             reply, request = _BROKEN, request._replace(keep_alive=False)
         self.task = None
+        self.deadline = self._loop.time() + self._server.head_timeout
         out: list[bytes] = []
         self._add(reply, request, out)
         self._write(out)
-        if not request.keep_alive or self._ended:
+        if not request.keep_alive:
             self._hang_up()
         elif not self._held:
             self._proceed()
@@ -251,7 +259,10 @@ class _Connection(asyncio.Protocol):
             out.append(reply.body)
 
     def _rest(self, *, begun: bool) -> None:
-        """Wait for the next request, or for the rest of it."""
+        """Wait for the next request, or for the rest of it; the client may have said that there is none."""
+        if self._ended:
+            self._hang_up()
+            return
         if begun:
             limit = self._server.head_timeout if self._buffer or self._held else self._server.idle_timeout
             self.deadline = self._loop.time() + limit
