@@ -127,6 +127,8 @@ async def test_the_page_in_a_browser(calm, tmp_path, width, scheme):
     assert seen["overflow"] <= 0
     assert seen["rows"] == 3
     assert calm[0].address in seen["text"]
+    assert seen["label"] >= 10  # pixels, as high as a reader sees them
+    assert seen["cut"] == 0
     assert seen["plot"] > 0.8 * (min(width, 960) - 32)
     assert (brightness(seen["back"]) < 60) is (scheme == "dark")
     assert abs(brightness(seen["back"]) - brightness(seen["front"])) > 150
@@ -149,6 +151,11 @@ JSON.stringify({
   rows: document.querySelectorAll("tbody tr").length,
   text: document.body.innerText,
   plot: document.querySelector("svg").getBoundingClientRect().width,
+  label: document.querySelector("svg text").getBoundingClientRect().height,
+  cut: [...document.querySelectorAll("svg text")].filter(text => {
+    const plot = text.closest("svg").getBoundingClientRect(), box = text.getBoundingClientRect();
+    return box.left < plot.left - 1 || box.right > plot.right + 1 || box.bottom > plot.bottom + 1 || box.top < plot.top - 1;
+  }).length,
   back: getComputedStyle(document.body).backgroundColor,
   front: getComputedStyle(document.body).color,
   headers: getComputedStyle(document.querySelector("thead")).position !== "absolute",

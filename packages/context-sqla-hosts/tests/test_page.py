@@ -150,6 +150,8 @@ async def test_samples_are_taken_while_the_hosts_are_watched(told, monkeypatch):
     history.start()
     assert history.moments() == ()
     async with hosts:
+        history.sample()
+        assert history.moments() == ()
         hosts.tell_all()
         history.start()
         history.start()

@@ -61,8 +61,10 @@ class History:
             timer.cancel()
 
     def sample(self) -> None:
-        """Take one."""
+        """Take one, unless it is too early to know anything."""
         snapshot, now = self._hosts.snapshot(), self._hosts.clock()
+        if not snapshot.decided:
+            return
         self._moments.append(Moment(now, snapshot.primary, {s.host: shown_lag(s, snapshot, now) for s in snapshot}))
 
     def _take(self) -> None:

@@ -8,7 +8,7 @@ from ._history import EVERY, SPAN, Moment, shown_lag
 from ._snapshot import HostStatus, Snapshot
 
 _WIDTH, _HEIGHT = 640, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 12, 12, 28
 _LINES = 6  # colours; further hosts begin anew with dashes
 _NONE = "&ndash;"
 _SCALES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
@@ -39,7 +39,7 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 @media (max-width: 40rem) { thead { position: absolute; clip-path: inset(50%); }
   table, tbody, tr, th, td { display: block; } tr { border-bottom: 1px solid var(--edge); padding: .5rem 0; }
   th, td { border: 0; padding: .1rem 0; } td { display: flex; justify-content: space-between; gap: 1rem; }
-  td::before { content: attr(data-label); color: var(--soft); } }
+  svg text { font-size: 20px; } td::before { content: attr(data-label); color: var(--soft); } }
 """
 
 
