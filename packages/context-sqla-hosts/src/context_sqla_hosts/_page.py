@@ -8,7 +8,7 @@ from ._history import EVERY, SPAN, Moment, shown_lag
 from ._snapshot import HostStatus, Snapshot
 
 _WIDTH, _HEIGHT = 640, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 12, 12, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 12, 20, 28
 _LINES = 6  # colours; further hosts begin anew with dashes
 _NONE = "&ndash;"
 _SCALES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
