@@ -72,9 +72,10 @@ def tests(session: nox.Session) -> None:
     session.notify("sqlalchemy-2.0")
     session.notify("plugin")
     session.notify("examples")
+    session.notify("docs")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
-    session.notify("hosts")
+    session.notify("hosts", ["-m", "not long"])
     session.notify("results")
 
 
@@ -162,6 +163,18 @@ def examples(session: nox.Session) -> None:
     """Run the tests of the example applications, and every code block of the documentation."""
     install(session, "test", "servers", "demo", packages=PACKAGES)
     session.run("pytest", "examples", "docs", *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation into build/docs, where warnings are errors, and check its links; `-- --open` shows it."""
+    install(session, "docs", "demo", packages=PACKAGES)
+    site = Path("build", "docs").resolve()
+    shutil.rmtree(site, ignore_errors=True)
+    session.run("sphinx-build", "--quiet", "--fail-on-warning", "--keep-going", "-d", session.create_tmp(), "docs", str(site))
+    session.run("python", "docs/check_site.py", str(site))
+    if "--open" in session.posargs:
+        session.run("python", "-m", "webbrowser", (site / "index.html").as_uri())
 
 
 @nox.session(tags=["ci"])

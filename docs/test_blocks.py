@@ -9,6 +9,7 @@ assert True
 --->
 
 Files that a page includes must exist, and so must every file that it links to.
+The pages of the frameworks have the same headings.
 """
 
 import ast
@@ -28,6 +29,19 @@ from httpx import ASGITransport, AsyncClient
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PAGES = sorted(page for page in [*DOCS.rglob("*.md"), ROOT / "README.md"] if page.parent.name != "changelog.d")
+
+FRAMEWORKS = ("fastapi", "starlette", "litestar", "quart", "aiohttp", "sanic", "asgi")
+HEADINGS = [
+    "Set up",
+    "Errors of the commit",
+    "Streams",
+    "Background work",
+    "Websockets",
+    "Tests",
+    "What is fixed by ...",
+    "Other ways to register",
+    "The whole example",
+]
 
 _TABLES = """
 from context_sqla import new_non_ctx_atomic_session as _session
@@ -80,6 +94,15 @@ def test_every_page_can_be_reached(page: Path) -> None:
     contents = (DOCS / "index.md").read_text("utf-8")
 
     assert page.relative_to(DOCS).with_suffix("").as_posix() in contents
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_pages_of_frameworks_have_the_same_headings(framework: str) -> None:
+    """Who knows the page of one framework finds the way on that of another."""
+    text = (DOCS / "how-to" / f"{framework}.md").read_text("utf-8")
+    found = re.findall(r"^## (.*)$", _FENCE.sub("", text), re.MULTILINE)
+
+    assert [re.sub(r"(?<=fixed by ).*", "...", heading) for heading in found] == HEADINGS
 
 
 def _blocks(page: Path) -> Iterator[tuple[int, str]]:

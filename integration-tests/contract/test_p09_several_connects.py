@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+import asyncpg
+import psycopg
 import pytest
 from context_sqla import (
     DBConnect,
@@ -591,6 +593,29 @@ async def test_database_that_comes_back_gets_its_decision(serve, bench, connect,
     assert len(attempts) > 1
     assert (await ledger.names(), await there.ledger.names()) == (["a"], ["b"])
     assert await there.ledger.prepared() == []
+
+
+@pytest.mark.postgresql
+async def test_database_that_is_starting_up_gets_its_decision(connect, ledger, database):
+    """A database that answers that it is starting up is asked again, whatever kind of error the driver makes of it (P9)."""
+    starting_up = {"asyncpg": asyncpg.CannotConnectNowError, "psycopg": psycopg.errors.CannotConnectNow}[database.driver]
+    attempts = []
+
+    def answer(*_):
+        attempts.append(1)
+        if len(attempts) == 2:
+            raise starting_up("the database system is starting up")
+
+    async with _network(database) as network:
+        two = await connect("two", host=network.host, twophase=True)
+        two.engine_created.append(lambda engine, host: event.listen(engine.sync_engine, "do_connect", answer))
+        network.cut_at(b"COMMIT PREPARED")
+        async with db_context():
+            await insert(two, "a")
+        await two.close()
+
+    assert len(attempts) == 3
+    assert (await ledger.prepared(), await ledger.names()) == ([], ["a"])
 
 
 @pytest.mark.postgresql

@@ -16,6 +16,9 @@ _rows = pytest.StashKey[list[tuple[str, str, str]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
+    config.addinivalue_line(
+        "markers", "long: takes many seconds, and a shorter test shows most of it; `-m 'not long'` leaves it out"
+    )
 
 
 @pytest.fixture(name="figure")

@@ -31,7 +31,14 @@ async def fail_over(running, nodes, figure, label):
     assert not [ack for ack in running.acked if ack.port == first.port and ack.at > killed + 1]
 
 
-@pytest.mark.parametrize(("driver", "interval"), [("asyncpg", 0.2), ("asyncpg", 5.0), ("psycopg", 1.0)])
+@pytest.mark.parametrize(
+    ("driver", "interval"),
+    [
+        pytest.param("asyncpg", 0.2, marks=pytest.mark.long),
+        ("asyncpg", 5.0),
+        pytest.param("psycopg", 1.0, marks=pytest.mark.long),
+    ],
+)
 async def test_only_work_in_flight_fails_when_the_primary_is_killed(nodes, figure, driver, interval):
     """Each worker loses at most the write that was in flight, whatever the interval of the probes."""
     async with watch(nodes, interval=interval, driver=driver) as hosts, following(primary(hosts, wait=20), driver=driver) as db:
@@ -39,6 +46,7 @@ async def test_only_work_in_flight_fails_when_the_primary_is_killed(nodes, figur
             await fail_over(running, nodes, figure, f"{driver}, interval {interval:g}")
 
 
+@pytest.mark.long
 async def test_a_bound_engine_of_plain_sqlalchemy_follows_too(nodes, figure):
     """The same holds without DBConnect."""
     async with watch(nodes) as hosts, bound(primary(hosts, wait=20)) as write:
@@ -46,6 +54,7 @@ async def test_a_bound_engine_of_plain_sqlalchemy_follows_too(nodes, figure):
             await fail_over(running, nodes, figure, "bound engine")
 
 
+@pytest.mark.long
 async def test_synchronous_replication_loses_nothing_and_asynchronous_does(nodes, figure):
     """What was acknowledged is there after the failover if a replica had to confirm it; no client can do that for the server."""
     losses = {}

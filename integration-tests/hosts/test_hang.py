@@ -13,7 +13,9 @@ INTERVAL, TIMEOUT, FAILS = 1.0, 0.5, 2
 LIMIT = TIMEOUT * FAILS + INTERVAL + 0.5
 
 
-@pytest.mark.parametrize("client", ["asyncpg", "psycopg", "bound engine"])
+@pytest.mark.parametrize(
+    "client", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.long), pytest.param("bound engine", marks=pytest.mark.long)]
+)
 async def test_a_hung_primary_is_left_and_nobody_hangs(nodes, figure, client):
     """Writes flow again after the detection, what was in flight is cut, and the other hosts are watched on time meanwhile."""
     first, second, third = nodes

@@ -31,7 +31,9 @@ class Heartbeat:
         return now - missing[0] if missing else 0.0
 
 
-@pytest.mark.parametrize("delay", ["0", "100ms", "500ms"])
+@pytest.mark.parametrize(
+    "delay", [pytest.param("0", marks=pytest.mark.long), "100ms", pytest.param("500ms", marks=pytest.mark.long)]
+)
 async def test_lag_is_never_less_than_it_is(calm, figure, delay):
     """The estimate is an upper bound, without clocks that agree, and not far above the truth."""
     first, second, _ = calm
@@ -70,6 +72,7 @@ async def test_a_replica_of_an_idle_primary_is_not_behind(calm, figure):
     assert worst < 10 * INTERVAL
 
 
+@pytest.mark.long
 async def test_a_replica_that_is_cut_off_drops_out(nodes, figure):
     """Its lag grows with the clock from the moment at which it was cut off."""
     first, second, third = nodes

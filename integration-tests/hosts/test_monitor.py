@@ -32,7 +32,7 @@ def black_hole():
         yield f"{LOOPBACK}:{listener.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.long)])
 async def test_hosts_that_fail_delay_no_others(calm, figure, driver):
     """One hangs, one is a black hole, one refuses, one is of another cluster, one refuses the login: the rest is watched on time."""
     first, second, third = calm
@@ -78,6 +78,7 @@ def let_in(server):
         connection.execute(f"CREATE ROLE {MONITOR} LOGIN PASSWORD '{PASSWORD}'")
 
 
+@pytest.mark.long
 async def test_a_role_without_rights_is_enough_for_a_failover(nodes, figure):
     """Without `pg_monitor` the timelines of replicas are not seen, and all else is."""
     first, second, third = nodes

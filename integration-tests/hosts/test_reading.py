@@ -50,7 +50,14 @@ async def read(db, number):
         return tuple((await (await db_session(db)).execute(_READ, {"id": number})).one())
 
 
-@pytest.mark.parametrize("mode", ["20 ms apply delay", "synchronous_commit off", "as it is"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "20 ms apply delay",
+        pytest.param("synchronous_commit off", marks=pytest.mark.long),
+        pytest.param("as it is", marks=pytest.mark.long),
+    ],
+)
 async def test_a_visitor_reads_what_it_wrote(calm, figure, mode):
     """The token of a write leads the next read to a replica that has replayed it, or to the primary: never to an older state."""
     await slow_down(calm, mode)
@@ -75,7 +82,7 @@ async def test_a_visitor_reads_what_it_wrote(calm, figure, mode):
     assert "off" in mode or seen.replica_share >= 0.5  # on a machine that is busy with other things
 
 
-@pytest.mark.parametrize("mode", ["20 ms apply delay", "synchronous_commit off"])
+@pytest.mark.parametrize("mode", ["20 ms apply delay", pytest.param("synchronous_commit off", marks=pytest.mark.long)])
 async def test_the_position_before_the_commit_is_not_enough(calm, figure, mode):
     """Taking `pg_current_wal_lsn()` before the commit, in the same harness, shows stale reads: the harness bites."""
     await slow_down(calm, mode)

@@ -35,7 +35,7 @@ class Flip(Choice):
         return host == self.between[self.turn() % 2]
 
 
-@pytest.mark.parametrize("client", ["DBConnect", "bound engine"])
+@pytest.mark.parametrize("client", ["DBConnect", pytest.param("bound engine", marks=pytest.mark.long)])
 async def test_switching_ten_times_a_second_harms_nobody(calm, figure, client):
     """No session fails, none is on the wrong host, and no connection is left."""
     _, second, third = calm
@@ -128,6 +128,7 @@ async def left_over(node):
     return left
 
 
+@pytest.mark.long
 async def test_a_planned_switchover_leaves_no_session_on_the_old_primary(nodes, figure):
     """The old primary stops, comes back as a replica, and no write goes there."""
     first, second, third = nodes

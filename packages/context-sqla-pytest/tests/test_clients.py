@@ -77,15 +77,14 @@ from starlette.testclient import TestClient
 status = TestClient(app).post("/users").status_code
 """
 LITESTAR = """
-from context_sqla_asgi import setup
+from context_sqla_litestar import ContextSQLAPlugin
 from litestar import Litestar, post
 
 @post("/users")
 async def create() -> None:
     await add("a")
 
-litestar_app = Litestar([create], debug=True)
-app = setup(litestar_app)
+app = Litestar([create], plugins=[ContextSQLAPlugin()], debug=True)
 """
 LITESTAR_CLIENT = """
 from litestar.testing import AsyncTestClient
@@ -94,11 +93,11 @@ async with AsyncTestClient(app) as client:
     status = (await client.post("/users")).status_code
 """
 QUART = """
-from context_sqla_asgi import setup
+from context_sqla_quart import setup
 from quart import Quart
 
 app = Quart("application")
-app.asgi_app = setup(app.asgi_app)
+setup(app)
 
 @app.post("/users")
 async def create():
@@ -110,15 +109,16 @@ status = (await app.test_client().post("/users")).status_code
 """
 AIOHTTP = """
 from aiohttp import web
+from context_sqla_aiohttp import setup
 
 async def create(request):
-    async with db_context():
-        await add("a")
+    await add("a")
     return web.Response(status=201)
 
 def build():
     app = web.Application()
     app.router.add_post("/users", create)
+    setup(app)
     return app
 """
 AIOHTTP_CLIENT = """
@@ -128,16 +128,17 @@ async with TestClient(TestServer(build())) as client:
     status = (await client.post("/users")).status
 """
 SANIC = """
+from context_sqla_sanic import setup
 from sanic import Sanic, response
 
 Sanic.test_mode = True
 Sanic._app_registry.clear()
 app = Sanic("application", configure_logging=False)
+setup(app)
 
 @app.post("/users")
 async def create(request):
-    async with db_context():
-        await add("a")
+    await add("a")
     return response.empty(201)
 """
 SANIC_CLIENT = """
@@ -151,11 +152,11 @@ ROWS = [
     Row("httpx.ASGITransport, FastAPI", ("context_sqla_fastapi",), FASTAPI, HTTPX),
     Row("TestClient, Starlette", ("context_sqla_starlette",), STARLETTE, TEST_CLIENT, shares=False),
     Row("TestClient, FastAPI", ("context_sqla_fastapi",), FASTAPI, TEST_CLIENT, shares=False),
-    Row("httpx.ASGITransport, Litestar", ("context_sqla_asgi", "litestar"), LITESTAR, HTTPX),
-    Row("AsyncTestClient, Litestar", ("context_sqla_asgi", "litestar"), LITESTAR, LITESTAR_CLIENT, shares=False),
-    Row("test_client(), Quart", ("context_sqla_asgi", "quart"), QUART, QUART_CLIENT),
-    Row("TestClient, aiohttp", ("aiohttp",), AIOHTTP, AIOHTTP_CLIENT),
-    Row("asgi_client, Sanic", ("sanic", "sanic_testing"), SANIC, SANIC_CLIENT),
+    Row("httpx.ASGITransport, Litestar", ("context_sqla_litestar",), LITESTAR, HTTPX),
+    Row("AsyncTestClient, Litestar", ("context_sqla_litestar",), LITESTAR, LITESTAR_CLIENT, shares=False),
+    Row("test_client(), Quart", ("context_sqla_quart",), QUART, QUART_CLIENT),
+    Row("TestClient, aiohttp", ("context_sqla_aiohttp",), AIOHTTP, AIOHTTP_CLIENT),
+    Row("asgi_client, Sanic", ("context_sqla_sanic", "sanic_testing"), SANIC, SANIC_CLIENT),
 ]
 INSTALLED = [row for row in ROWS if all(importlib.util.find_spec(module) for module in row.needs)]
 

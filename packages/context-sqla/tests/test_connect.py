@@ -1,6 +1,7 @@
 """`DBConnect`: how it is made, what it makes, and how it ends."""
 
 import asyncio
+import gc
 import logging
 import sqlite3
 import threading
@@ -515,6 +516,33 @@ def test_file_that_was_being_opened_at_the_end_is_waited_for(url, slow_file, mon
     asyncio.run(run())
 
     assert slow_file.go_on.is_set()
+
+
+def test_connect_that_is_dropped_is_closed_while_its_loop_runs(url):
+    """A connect that is collected without close() is closed, and the end of its loop waits for that (P15)."""
+    before = set(threading.enumerate())
+    for _ in range(20):
+        with asyncio.Runner() as runner:
+            connect = DBConnect.from_url(url)
+            runner.run(_select(connect))
+            del connect
+            gc.collect()
+        left = set(threading.enumerate()) - before
+
+        assert left == set()
+
+
+async def test_connect_that_is_dropped_is_closed_at_once(url):
+    """Its connections do not stay open until its loop ends (P15)."""
+    before = set(threading.enumerate())
+    connect = DBConnect.from_url(url)
+    await _select(connect)
+    opened = set(threading.enumerate()) - before
+    del connect
+    gc.collect()
+    await until(lambda: not any(thread.is_alive() for thread in opened))
+
+    assert len(opened) == 1
 
 
 # The handler

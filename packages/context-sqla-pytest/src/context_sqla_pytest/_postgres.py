@@ -171,12 +171,13 @@ def _accounts() -> list[_Account]:
 
 
 def _temporary(account: _Account) -> Path:
-    """Return a new folder that the account owns and can reach."""
+    """Return a new folder that the account owns, can reach and can remove."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108  # mkdtemp makes a private one there
         path = Path(tempfile.mkdtemp(prefix="context-sqla-postgres-", dir=parent))
         if account.name is not None:
             os.chown(path, account.uid, account.gid)
-        if subprocess.run(["ls", path], cwd="/", capture_output=True, check=False, **account.popen).returncode == 0:  # noqa: S607
+        test = ["/bin/sh", "-c", 'test -w "$1" && ls "$2"', "sh", parent, str(path)]
+        if subprocess.run(test, cwd="/", capture_output=True, check=False, **account.popen).returncode == 0:
             return path
         path.rmdir()
     raise PostgresError(f"no temporary folder that {account.name} can reach")

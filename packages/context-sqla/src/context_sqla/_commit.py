@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from . import _drivers
 from ._lines import Prepared
@@ -236,7 +236,7 @@ async def _finish_once(prepared: Prepared, decision: str, timeout: float) -> boo
     except DBAPIError as exc:
         # 42704: no such prepared transaction. An earlier attempt was carried out and only its answer was lost.
         return getattr(exc.orig, "sqlstate", None) == "42704" and not working
-    except (OSError, TimeoutError, SQLAlchemyError):
+    except Exception:  # whatever the driver has to say while it connects: SQLAlchemy passes asyncpg's own errors on
         return False
     return True
 

@@ -5,7 +5,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
@@ -49,7 +49,7 @@ class Member:
 class LoopState:
     """What a connect has in one event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, cleanup_timeout: float) -> None:
         self.loop: asyncio.AbstractEventLoop = loop
         self.members: dict[str, Member] = {}
         self.active: set[Any] = set()  # the sessions of running units
@@ -57,10 +57,14 @@ class LoopState:
         self._sweep: asyncio.TimerHandle | None = None
         self._drained: asyncio.Event | None = None
         self._keeper: Any = None
+        self._dropping: asyncio.Task[None] | None = None
+        self._cleanup_timeout: float = cleanup_timeout
 
-    def keep(self, cleanup_timeout: float) -> None:
+    def keep(self) -> None:
         """Close everything when the loop shuts down its asynchronous generators, as `asyncio.run` and its like do."""
-        self._keeper = self._until_the_loop_ends(cleanup_timeout)
+        _kept.difference_update([state for state in _kept if state.loop.is_closed()])
+        _kept.add(self)
+        self._keeper = self._until_the_loop_ends()
         with contextlib.suppress(StopIteration):
             self._keeper.__anext__().send(None)
 
@@ -130,14 +134,21 @@ class LoopState:
                 member.watch.end()
         self._forget_finished()
 
+    def drop(self) -> None:
+        """Close every engine of this loop, whose connect is gone."""
+        self._dropping = hold(self.shut(self._cleanup_timeout))
+
     def _forget_finished(self) -> None:
         self.retiring = {member for member in self.retiring if member.watch.is_alive()}
 
-    async def _until_the_loop_ends(self, cleanup_timeout: float) -> AsyncIterator[None]:
+    async def _until_the_loop_ends(self) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await self.shut(cleanup_timeout, for_good=True)
+            _kept.discard(self)
+            if self._dropping is not None:
+                await asyncio.wait((self._dropping,))
+            await self.shut(self._cleanup_timeout, for_good=True)
 
 
 class Loops:
@@ -146,6 +157,7 @@ class Loops:
     def __init__(self) -> None:
         self._states: dict[asyncio.AbstractEventLoop, LoopState] = {}
         _all.add(self)
+        finalize(self, _dropped, self._states).atexit = False
 
     def find(self) -> LoopState | None:
         """Return the state of the running loop, None if nothing was used in it."""
@@ -160,8 +172,8 @@ class Loops:
         state = self._states.get(loop)
         if state is None:
             self._bury()
-            state = self._states[loop] = LoopState(loop)
-            state.keep(cleanup_timeout)
+            state = self._states[loop] = LoopState(loop, cleanup_timeout)
+            state.keep()
         return state
 
     def elsewhere(self) -> bool:
@@ -202,11 +214,12 @@ class Loops:
                 member.engine.sync_engine.dispose(close=False)
                 member.watch.open.clear()
                 member.watch.out.clear()
-        _abandoned.append(self._states)
-        self._states = {}
+        _abandoned.append(dict(self._states))
+        self._states.clear()
 
 
 _all: WeakSet[Loops] = WeakSet()
+_kept: set[LoopState] = set()  # not to be collected: nobody waits for what a collected generator still has to close
 _abandoned: list[Any] = []  # never collected: a finalizer would close what the parent still uses
 
 
@@ -214,6 +227,13 @@ def _abort(member: Member) -> int:
     count = member.watch.abort()
     member.engine.sync_engine.dispose(close=False)  # the next session connects anew
     return count
+
+
+def _dropped(states: dict[asyncio.AbstractEventLoop, LoopState]) -> None:
+    """Close what a connect has open that is collected without `close()`."""
+    for loop, state in states.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(state.drop)
 
 
 def _forget_all() -> None:

@@ -1,7 +1,7 @@
 """The door for adapters: everything that an adapter of a framework needs, and nothing else.
 
 An adapter translates the life of a request into the calls of one object. For a framework that lets it wrap the sending of the
-response:
+response::
 
     unit = Unit.enter(policy, label)
     error = None

@@ -1,14 +1,16 @@
 """For the tests of an application: let it work in a transaction of the test, which is rolled back at the end (P12).
 
-@pytest_asyncio.fixture
-async def session():
-    async with rollback_session(db) as session:
-        yield session
+The two fixtures that do it::
 
-@pytest_asyncio.fixture(autouse=True)
-async def shared_transaction(session):
-    async with set_test_context(), put_savepoint_session_in_ctx(db, session):
-        yield
+    @pytest_asyncio.fixture
+    async def session():
+        async with rollback_session(db) as session:
+            yield session
+
+    @pytest_asyncio.fixture(autouse=True)
+    async def shared_transaction(session):
+        async with set_test_context(), put_savepoint_session_in_ctx(db, session):
+            yield
 """
 
 import asyncio
