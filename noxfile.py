@@ -188,7 +188,7 @@ def contract(session: nox.Session, framework: str) -> None:
 @nox.session(tags=["ci"])
 def hosts(session: nox.Session) -> None:
     """Run the acceptance of context-sqla-hosts on a real cluster, and print its figures; `PG_BINDIR` names another PostgreSQL."""
-    install(session, "test", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
+    install(session, "test", "servers", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
     session.run("pytest", HOSTS, f"--confcutdir={HOSTS}", *session.posargs)
 
 

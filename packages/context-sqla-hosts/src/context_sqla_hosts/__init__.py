@@ -1,6 +1,7 @@
 """The right PostgreSQL host before every session: roles, lag and failover of a primary with replicas."""
 
 from ._address import Address, Driver
+from ._app import StatusApp
 from ._choice import Balance, Choice, Fallback, at_least, primary, replica
 from ._engine import bind_engine
 from ._floor import Floor, Visit
@@ -38,6 +39,7 @@ __all__ = [
     "SplitBrain",
     "SplitBrainError",
     "State",
+    "StatusApp",
     "Visit",
     "at_least",
     "bind_engine",

@@ -14,6 +14,7 @@ from weakref import WeakSet
 from context_sqla.errors import ForeignLoopError
 
 from ._address import Address, Driver, Login, parse_host, parse_url
+from ._environment import read_environment
 from ._failures import is_about_the_host, is_read_only
 from ._metrics import Metrics
 from ._poller import Poller
@@ -141,6 +142,20 @@ class Hosts:
         hosts, login, port = parse_url(url)
         who = {"user": login.user, "password": login.password, "database": login.database, "ssl": login.ssl}
         return cls(hosts, **who, driver=login.driver, port=port, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **options: Unpack[HostsOptions]) -> "Hosts":
+        """Make a monitor from environment variables: `CONTEXT_SQLA_HOSTS_*`, and those of pg-status, `pg_status__*`.
+
+        Args:
+            environ: the variables; None: those of the process.
+            options: keyword options of `Hosts` that win over them.
+
+        Raises:
+            ValueError: no hosts are given, or a variable cannot be used.
+        """
+        settings = read_environment(os.environ if environ is None else environ)
+        return cls(settings.hosts, **{**settings.options, **options})
 
     # Its life
 
@@ -283,6 +298,11 @@ class Hosts:
         when = asyncio.ALL_COMPLETED if timeout is None else asyncio.FIRST_COMPLETED
         await asyncio.wait(probes, timeout=timeout, return_when=when)
         return self._snapshot
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether it was started in the running event loop, and has not ended."""
+        return self._loop is not None and self._loop is _running()
 
     def in_doubt(self, host: str) -> bool:
         """Return whether something went wrong on this host, and no later probe has come back yet."""

@@ -13,6 +13,7 @@ from context_sqla_hosts import (
     Role,
     Snapshot,
     State,
+    StatusApp,
     at_least,
     bind_engine,
     primary,
@@ -23,6 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 hosts = Hosts(["db1", "db2"], user="app", password=lambda: "secret", weights={"db1": 2})
 assert_type(hosts, Hosts)
 assert_type(Hosts.from_url("postgresql://db1,db2/app", interval=2.0), Hosts)
+assert_type(Hosts.from_env({"CONTEXT_SQLA_HOSTS_HOSTS": "db1"}, max_fails=3), Hosts)
+assert_type(StatusApp(hosts, max_lag_ms=500, geos={"db1": "north"}), StatusApp)
 assert_type(primary(hosts, wait=1), Choice)
 assert_type(at_least(hosts, lsn=Position(1, 2)), Choice)
 
@@ -49,6 +52,7 @@ async def use(engine: AsyncEngine) -> None:
     assert_type(await hosts.ready(replicas=1), Snapshot)
     assert_type(await hosts.primary(), str)
     assert_type(hosts.primary_now(), str | None)
+    assert_type(hosts.is_watching, bool)
     assert_type(bind_engine(engine, primary(hosts)), AsyncEngine)
     for status in hosts.snapshot():
         assert_type(status, HostStatus)
