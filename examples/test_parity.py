@@ -104,7 +104,7 @@ def talk(address: str, names: list[str]) -> Iterator[tuple[str, str]]:
 def serving(framework: str) -> Iterator[str]:
     """Run the README's command, on a free port and an SQLite file of its own, until Ctrl-C."""
     command = [sys.executable, f"{framework}/app.py", "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | {"PYTHONFAULTHANDLER": "1"}
     with subprocess.Popen(command, cwd=EXAMPLES, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
@@ -114,5 +114,9 @@ def serving(framework: str) -> Iterator[str]:
             yield address[0]
             process.send_signal(signal.SIGINT)
             assert process.wait(DEADLINE) == 0, f"{framework} did not end well"
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # it says where its threads are, in what pytest shows of its stderr
+            process.wait(DEADLINE)
+            raise
         finally:
             process.kill()
