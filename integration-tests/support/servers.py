@@ -12,6 +12,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,9 +28,13 @@ ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """``http`` chooses uvicorn's parser; the other servers have one."""
+    """``http`` chooses uvicorn's parser; the other servers have one.
+
+    ``together``: of several workers, one takes all connections, because the test is about what happens within a process.
+    """
 
     http: Literal["httptools", "h11"] = "httptools"
+    together: bool = False
 
 
 class StartupError(RuntimeError):
@@ -40,6 +45,10 @@ class Running(ABC):
     """A server that runs."""
 
     address: Address
+
+    def admission(self) -> AbstractAsyncContextManager[None]:
+        """Stand around the opening of a connection; several workers take turns."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     async def stop(self, grace: float = 30) -> None:

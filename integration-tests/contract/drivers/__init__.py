@@ -17,6 +17,7 @@ SERVERS: Mapping[str, str] = {
     "aiohttp-cancelling": "aiohttp's own with `handler_cancellation`",
     "aiohttp-test": "aiohttp's `TestServer`",
     "sanic": "Sanic's own",
+    "sanic-workers": "Sanic's own with two workers",
 }
 
 
@@ -101,7 +102,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
     ),
     "sanic": Framework(
         "sanic",
-        ("sanic", "uvicorn", "hypercorn"),
+        ("sanic", "uvicorn", "hypercorn", "sanic-workers"),
         {
             Feature.BACKGROUND_UNIT: "Sanic runs nothing after a response: `add_task(run_in_new_ctx(...))`, once it is decided",
             Feature.GZIP: "Sanic has no such middleware",
@@ -111,6 +112,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
         },
         {
             "sanic": {Feature.HANDLER_RUNS_ON: "Sanic's own server cancels the handler of a client that has left"},
+            "sanic-workers": {Feature.HANDLER_RUNS_ON: "Sanic's own server cancels the handler of a client that has left"},
             "uvicorn": {
                 Feature.DISCONNECT: "Sanic does not listen to an ASGI server: only who writes learns that a client has left"
             },
