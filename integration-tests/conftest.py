@@ -87,8 +87,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if not isinstance(item, pytest.Function):
         return
     stack = item.callspec.params.get("stack") if hasattr(item, "callspec") else None
-    if stack is not None and (promise := promise_of(item.path, item.function.__doc__)):
+    if isinstance(stack, Stack) and (promise := promise_of(item.path, item.function.__doc__)):
         item.user_properties.append(("support", (promise, stack.framework, stack.server, stack.database)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that have no stack among those that were asked for: they serve nothing, or need the other database."""
+    wanted = [item for item in items if not _has_no_stack(item)]
+    if len(wanted) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if _has_no_stack(item)])
+        items[:] = wanted
+
+
+def _has_no_stack(item: pytest.Item) -> bool:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return "stack" in params and not isinstance(params["stack"], Stack)
 
 
 class _Listener:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from context_sqla import DBConnect
+from sqlalchemy.sql import ClauseElement
 
 _EMPTY = object()
 _SCALARS = (type(None), bool, int, float, str, bytes)
@@ -48,6 +49,9 @@ class There:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._ask("get", self, name)
+
+    def __await__(self) -> Any:
+        return self._ask("wait", self).__await__()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._ask("call", self, "__call__", args, kwargs)
@@ -180,7 +184,7 @@ def _exception(
 def _crosses(value: object) -> bool:
     """Return whether a value is made again in the other process: plain data, exceptions, what can be imported."""
     cls = type(value)
-    if cls in _PLAIN or isinstance(value, BaseException):
+    if cls in _PLAIN or isinstance(value, BaseException | ClauseElement):
         return True
     if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return _is_importable(value)
@@ -224,7 +228,7 @@ def _children(one: Any) -> Sequence[object] | None:
             return tuple(one)
         case dict():
             return tuple(one.values())
-        case set() | asyncio.Event():
+        case set() | asyncio.Event() | asyncio.Queue() | BaseException():
             return ()
         case DBConnect():
             made = (one._engine_creator, one._session_maker_creator)

@@ -42,13 +42,17 @@ class Channel:
     """One end of a connection that carries whole messages."""
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
         self.sock = sock
         self._buffer = b""
 
     def send(self, data: bytes) -> None:
         """Send a message; the other end always reads."""
+        data = struct.pack("!I", len(data)) + data
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.sock.sendall(struct.pack("!I", len(data)) + data)
+            while data:
+                select.select([], [self.sock], [])
+                data = data[self.sock.send(data) :]
 
     def receive(self, timeout: float) -> list[bytes] | None:
         """Return the messages that have come, after a wait for the first bytes; None at the end of the connection."""
@@ -116,6 +120,8 @@ class Group:
             loop.add_reader(member.channel.sock, self._read, member)
         for event in self.mirror.of(asyncio.Event):
             event.set = partial(self._set, event)
+        for queue in self.mirror.of(asyncio.Queue):
+            queue.put_nowait = partial(self._put, queue)
         for connect in self.mirror.of(DBConnect):
             for name in ("change_host", "connect", "close"):
                 setattr(connect, name, partial(self._everywhere, connect, name))
@@ -198,7 +204,7 @@ class Group:
         member.channel.send(self.mirror.dumps((number, what, changes, args)))
 
     def _ask_about(self, where: int, what: str, *args: Any) -> Any:
-        return self.ask(self.members[where], what, *args)
+        return (self.do if what == "wait" else self.ask)(self.members[where], what, *args)
 
     def _read(self, member: Member, timeout: float = 0) -> None:
         messages = member.channel.receive(timeout)
@@ -234,6 +240,13 @@ class Group:
     def _on_changed(self, member: Member, value: Any) -> None:
         """Something is new that nobody has asked for."""
 
+    def _on_put(self, member: Member, value: Any) -> None:
+        queue, item = value
+        type(queue).put_nowait(queue, item)
+        for other in self._living():
+            if other is not member:
+                self._tell(other, None, "put", queue, item)
+
     def _on_serving(self, member: Member, pid: int) -> None:
         member.pid, member.is_serving, member.is_over = pid, True, False
         self.changed.set()
@@ -256,6 +269,13 @@ class Group:
         self._note_own()
         for member in self._living():
             self._tell(member, None, "nothing")
+
+    def _put(self, queue: "asyncio.Queue[Any]", item: Any) -> None:
+        """Everybody gets it: the test and its handlers do not take from the same queue."""
+        type(queue).put_nowait(queue, item)
+        self._note_own()
+        for member in self._living():
+            self._tell(member, None, "put", queue, item)
 
     async def _everywhere(self, connect: DBConnect[Any], name: str, *args: Any, **kwargs: Any) -> None:
         """Each process has its own engines."""
@@ -310,6 +330,10 @@ class Worker:
             event._waiters.clear()  # of the test's loop
             event._loop = None
             event.set = partial(self._set, event)
+        for queue in self._mirror.of(asyncio.Queue):
+            queue._getters.clear()
+            queue._loop = None
+            queue.put_nowait = partial(self._put, queue)
 
     async def attach(self) -> None:
         """Listen to the test in the running loop."""
@@ -336,6 +360,13 @@ class Worker:
         type(event).set(event)
         self._say(None, "changed", None)
 
+    def _put(self, queue: "asyncio.Queue[Any]", item: Any) -> None:
+        type(queue).put_nowait(queue, item)
+        self._say(None, "put", (queue, item))
+
+    def _do_put(self, queue: "asyncio.Queue[Any]", item: Any) -> None:
+        type(queue).put_nowait(queue, item)
+
     def _read(self) -> None:
         messages = self._channel.receive(0)
         if messages is None:  # the test is gone
@@ -361,7 +392,7 @@ class Worker:
     async def _later(self, number: int | None, result: Awaitable[Any]) -> None:
         try:
             value = await result
-        except Exception as exc:
+        except BaseException as exc:  # of a task that was cancelled, too
             self._say(number, "failed", exc)
         else:
             self._say(number, "done", value)
@@ -378,6 +409,9 @@ class Worker:
 
     def _do_call(self, target: Any, name: str, args: Any, kwargs: Any) -> Any:
         return getattr(target, name)(*args, **kwargs)
+
+    def _do_wait(self, target: Any) -> Any:
+        return target
 
     def _do_grace(self, seconds: float) -> None:
         self.grace(seconds)

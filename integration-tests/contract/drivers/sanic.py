@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import stat
+import time
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -279,6 +280,7 @@ class _Workers(Running):
     @classmethod
     async def start(cls, app: "Sanic[Any, Any]", options: ServerOptions) -> Running:
         listening = socket.create_server((LOOPBACK, 0))
+        listening.setblocking(False)
         ours, theirs = socket.socketpair()
         group = Group([app.ctx.application.routes, *_parts(app.ctx.application)], cls.NUMBER)
         app.config.USE_UVLOOP = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
@@ -365,7 +367,10 @@ def _manage(app: "Sanic[Any, Any]", group: Group, listening: socket.socket, test
     serve, wait_for_ack = startup.worker_serve, WorkerManager.wait_for_ack
 
     def worker_serve(*args: Any, **kwargs: Any) -> None:
-        number = int(os.environ["SANIC_WORKER_NAME"].split("-")[2])
+        name = os.environ["SANIC_WORKER_NAME"]
+        while "starts" not in kwargs["worker_state"][name]:
+            time.sleep(0.001)  # the manager's note that it has started a worker would wipe out the worker's that it is ready
+        number = int(name.split("-")[2])
         worker = Worker(group, number, listening)
         worker.grace = lambda seconds: setattr(app.config, "GRACEFUL_SHUTDOWN_TIMEOUT", seconds)
         app.listener("before_server_start", priority=2_000_000)(listener(worker.attach))
