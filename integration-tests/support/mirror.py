@@ -65,7 +65,7 @@ class Mirror:
 
     def __init__(self, roots: Iterable[object]) -> None:
         self.where = -1  # the test; workers are 0, 1, ...
-        self.ask: Callable[[int], Callable[..., Any]] = _cannot_ask
+        self.ask: Callable[[int], Callable[..., Any]] = cannot_ask
         self.over: Callable[[int], bool] = bool
         self._visited = list(_reachable(roots))
         self._known = {id(one): number for number, one in enumerate(self._visited)}
@@ -131,7 +131,9 @@ class Mirror:
         return self._theirs[where, key]
 
 
-def _cannot_ask(where: int) -> Callable[..., Any]:
+def cannot_ask(where: int) -> Callable[..., Any]:
+    """Refuse what another process would have to do."""
+
     def ask(*_: Any) -> Any:
         raise TypeError(f"this object is in process {where}")
 
@@ -237,6 +239,8 @@ def _children(one: Any) -> Sequence[object] | None:
             return tuple(vars(one).values()) if "<locals>" in one.__qualname__ else None
     if (names := getattr(type(one), "SHARED", None)) is not None:
         return tuple(getattr(one, name) for name in names)
+    if (wrapped := vars(one).get("_fn") if type(one).__module__ == "context_sqla._tasks" else None) is not None:
+        return (wrapped,)  # what unit_of_work has decorated
     if type(one).__module__.startswith(_OURS) and hasattr(one, "__dict__"):
         # The attributes of a frozen dataclass do not change.
         return tuple(vars(one).values()) if dataclasses.is_dataclass(one) else (vars(one),)

@@ -21,6 +21,7 @@ import uvicorn
 from .deadline import DEADLINE, until
 from .wire import Address
 
+Workers = Literal["in turn", "one of them", "only one"]
 LOOPBACK = "127.0.0.1"
 Message = MutableMapping[str, Any]
 ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
@@ -30,11 +31,11 @@ ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message
 class ServerOptions:
     """``http`` chooses uvicorn's parser; the other servers have one.
 
-    ``together``: of several workers, one takes all connections, because the test is about what happens within a process.
+    ``workers`` is for servers with several processes, see ``Stack``.
     """
 
     http: Literal["httptools", "h11"] = "httptools"
-    together: bool = False
+    workers: Workers = "in turn"
 
 
 class StartupError(RuntimeError):

@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
@@ -26,7 +27,7 @@ from typing import Any
 from context_sqla import DBConnect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .mirror import Change, Mirror
+from .mirror import Change, Mirror, cannot_ask
 
 _LIMIT = 20.0
 _groups: list["Group"] = []
@@ -172,7 +173,7 @@ class Group:
         return await self._futures[number]
 
     @contextlib.asynccontextmanager
-    async def admission(self, *, together: bool) -> Any:
+    async def admission(self, *, together: bool = False) -> Any:
         """Let the next worker in turn, or always the first, take the connection that the block opens."""
         async with self._admission:
             living = self._living()
@@ -223,6 +224,8 @@ class Group:
                 other.behind += changes
         for attributes in logged:
             record = logging.makeLogRecord(attributes)
+            if record.exc_info and record.exc_info[1] is not None:
+                record.exc_info = _raised(record.exc_info[1])  # exc_text has the real traceback
             logging.getLogger(record.name).handle(record)
         if number is None:
             getattr(self, f"_on_{said}")(member, value)
@@ -316,6 +319,8 @@ class Worker:
         self.number = number
         self._mirror = group.mirror
         self._mirror.where = number
+        self._mirror.ask = cannot_ask
+        self._mirror.over = lambda where: True  # what another process has is none of ours: each counts its own engines
         self._channel = Channel(group.ends[number])
         self._listening = sock
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -323,8 +328,9 @@ class Worker:
         self._accepted: int | None = None
         self._records: list[dict[str, Any]] = []
         self.grace: Callable[[float], None] = float
-        logging.getLogger().handlers[:] = [_Keeper(self._records)]
-        self._before = set(map(id, self._engines()))
+        logging.getLogger().addHandler(_Keeper(self._records))
+        self._before: set[int] = set()
+        self._before.update(map(id, self._engines()))  # of the test, used before the server was started
         self._mirror.changes()  # what happened before it was forked is known
         for event in self._mirror.of(asyncio.Event):
             event._waiters.clear()  # of the test's loop
@@ -354,7 +360,7 @@ class Worker:
 
     def _engines(self) -> list[AsyncEngine]:
         found = {id(one): one for some in self._mirror.of(list) for one in some if isinstance(one, AsyncEngine)}
-        return [one for number, one in found.items() if number not in getattr(self, "_before", ())]
+        return [one for number, one in found.items() if number not in self._before]
 
     def _set(self, event: asyncio.Event) -> None:
         type(event).set(event)
@@ -438,12 +444,20 @@ class Worker:
         return self._accepted
 
     def _do_hold(self) -> None:
-        if self._accepted is not None and self._loop is not None:
+        if self._accepted is not None and self._loop is not None and self._listening.fileno() >= 0:
             self._loop.remove_reader(self._listening.fileno())
 
     def _do_go_on(self) -> None:
         if self._accepted is not None and self._loop is not None and self._listening.fileno() >= 0:
             self._loop.add_reader(self._listening.fileno(), self._count)
+
+
+def _raised(exc: BaseException) -> Any:
+    """Give an exception a traceback."""
+    try:
+        raise exc
+    except BaseException:
+        return sys.exc_info()
 
 
 def _is_open(engine: AsyncEngine) -> bool:

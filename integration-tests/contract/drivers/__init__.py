@@ -35,13 +35,14 @@ class Driver(Protocol):
 class Framework:
     """One row: the module of the driver, its servers (the default one first), and what the framework lacks, with the reason.
 
-    ``lacks_on`` has what is lacking on one of its servers only; ``on(server)`` is the row with that as well.
+    ``more_servers`` are those that ``--server`` has to ask for: every test runs on them in a run of their own. ``lacks_on`` has what is lacking on one of its servers only; ``on(server)`` is the row with that as well.
     """
 
     module: str
     servers: Sequence[str]
     lacks: Mapping[Feature, str] = field(default_factory=dict)
     lacks_on: Mapping[str, Mapping[Feature, str]] = field(default_factory=dict)
+    more_servers: Sequence[str] = ()
 
     def on(self, server: str) -> "Framework":
         """Return the row as it is on one of its servers."""
@@ -102,7 +103,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
     ),
     "sanic": Framework(
         "sanic",
-        ("sanic", "uvicorn", "hypercorn", "sanic-workers"),
+        ("sanic", "uvicorn", "hypercorn"),
         {
             Feature.BACKGROUND_UNIT: "Sanic runs nothing after a response: `add_task(run_in_new_ctx(...))`, once it is decided",
             Feature.GZIP: "Sanic has no such middleware",
@@ -118,5 +119,6 @@ FRAMEWORKS: Mapping[str, Framework] = {
             },
             "hypercorn": {Feature.DISCONNECT: "as under uvicorn"},
         },
+        more_servers=("sanic-workers",),
     ),
 }

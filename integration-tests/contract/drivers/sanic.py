@@ -268,28 +268,26 @@ class _Native(Running):
 class _Workers(Running):
     """Sanic's own server as ``app.run(workers=2)`` starts it: a process that manages two workers, forked from the test."""
 
-    NUMBER = 2
-
-    def __init__(self, group: Group, address: Address, process: Any, manager: socket.socket, *, together: bool) -> None:
+    def __init__(self, group: Group, address: Address, process: Any, manager: socket.socket, options: ServerOptions) -> None:
         self.address = address
         self._group = group
         self._process = process
         self._manager = manager
-        self._together = together
+        self._together = options.workers != "in turn"
 
     @classmethod
     async def start(cls, app: "Sanic[Any, Any]", options: ServerOptions) -> Running:
         listening = socket.create_server((LOOPBACK, 0))
         listening.setblocking(False)
         ours, theirs = socket.socketpair()
-        group = Group([app.ctx.application.routes, *_parts(app.ctx.application)], cls.NUMBER)
+        group = Group(_parts(app.ctx.application), 1 if options.workers == "only one" else 2)
         app.config.USE_UVLOOP = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
         process = multiprocessing.get_context("fork").Process(target=_manage, args=(app, group, listening, theirs))
         with warnings.catch_warnings():
             # From Python 3.12 on: a thread of the test may hold a lock that the child will want. It wants none of theirs.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
-        running = cls(group, Address(*listening.getsockname()), process, ours, together=options.together)
+        running = cls(group, Address(*listening.getsockname()), process, ours, options)
         listening.close()
         theirs.close()
         group.forked()
@@ -347,7 +345,8 @@ class _Workers(Running):
 def _parts(application: Application) -> list[Any]:
     hooks = [*application.on_startup, *application.on_shutdown]
     rules = [application.should_commit, application.before_commit]
-    return [application.connects, list(application.error_handlers.values()), rules, list(application.middleware), hooks]
+    middleware = list(application.middleware)
+    return [list(application.routes), application.connects, list(application.error_handlers.values()), rules, middleware, hooks]
 
 
 async def _readable(fd: int) -> None:
@@ -363,6 +362,7 @@ async def _readable(fd: int) -> None:
 def _manage(app: "Sanic[Any, Any]", group: Group, listening: socket.socket, test: socket.socket) -> None:
     """Be the process that manages the workers: its signals and its group are its own."""
     os.setsid()
+    signal.set_wakeup_fd(-1)  # that of the test's loop
     _let_go({listening.fileno(), test.fileno(), *(end.fileno() for end in group.ends)})
     serve, wait_for_ack = startup.worker_serve, WorkerManager.wait_for_ack
 
@@ -386,7 +386,7 @@ def _manage(app: "Sanic[Any, Any]", group: Group, listening: socket.socket, test
     WorkerManager.wait_for_ack = waited_for_ack  # type: ignore[method-assign]
     Sanic.start_method = "fork"
     Sanic._app_registry = {app.name: app}
-    app.prepare(sock=listening, workers=_Workers.NUMBER, access_log=False, motd=False)
+    app.prepare(sock=listening, workers=len(group.members), access_log=False, motd=False)
     Sanic.serve(app)
 
 
