@@ -111,7 +111,7 @@ class Mirror:
             return (value._where, value._key)
         if id(value) in self._known:
             return (self._known[id(value)],)
-        if _crosses(value):
+        if _crosses(value) or (isinstance(value, BaseException) and id(type(value)) in self._known):
             return None
         for key, one in enumerate(self._kept):
             if one is value:
@@ -186,8 +186,10 @@ def _exception(
 def _crosses(value: object) -> bool:
     """Return whether a value is made again in the other process: plain data, exceptions, what can be imported."""
     cls = type(value)
-    if cls in _PLAIN or isinstance(value, BaseException | ClauseElement):
+    if cls in _PLAIN or isinstance(value, ClauseElement):
         return True
+    if isinstance(value, BaseException):
+        return _is_importable(cls)
     if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return _is_importable(value)
     return _is_importable(cls) and (isinstance(value, enum.Enum | tuple | dict) or dataclasses.is_dataclass(value))

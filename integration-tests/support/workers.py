@@ -85,7 +85,6 @@ class Member:
         self.pid = 0
         self.is_serving = False
         self.is_over = False
-        self.accepted = 0
         self.behind: list[Change] = []  # what the others have changed
 
 
@@ -126,8 +125,8 @@ class Group:
         for connect in self.mirror.of(DBConnect):
             for name in ("change_host", "connect", "close"):
                 setattr(connect, name, partial(self._everywhere, connect, name))
-            connect.pool_status = partial(self._pool_status, connect)  # type: ignore[method-assign]
-            connect.abort_host = partial(self._abort_host, connect)  # type: ignore[method-assign]
+            connect.pool_status = partial(self._pool_status, connect)
+            connect.abort_host = partial(self._abort_host, connect)
         _groups.append(self)
 
     def close(self) -> None:
@@ -183,14 +182,17 @@ class Group:
                 if member is not chosen:
                     self.ask(member, "hold")
             before = self.ask(chosen, "accepted") if chosen is not None else None
-            yield
-            if chosen is not None and before is not None:
-                while not chosen.is_over and self.ask(chosen, "accepted") == before:
+            try:
+                yield
+                end = time.monotonic() + _LIMIT
+                while chosen is not None and before is not None and not chosen.is_over and self.ask(chosen, "accepted") == before:
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"worker {chosen.number} does not accept the connection")
                     await asyncio.sleep(0)
-                chosen.accepted += 1
-            for member in living:
-                if member is not chosen:
-                    self.ask(member, "go_on")
+            finally:
+                for member in living:
+                    if member is not chosen:
+                        self.ask(member, "go_on")
 
     def _living(self) -> list[Member]:
         return [member for member in self.members if member.is_serving and not member.is_over]
@@ -327,7 +329,7 @@ class Worker:
         self._held: tuple[Any, Any] | None = None
         self._accepted: int | None = None
         self._records: list[dict[str, Any]] = []
-        self.grace: Callable[[float], None] = float
+        self.grace: Callable[[float], object] = float
         logging.getLogger().addHandler(_Keeper(self._records))
         self._before: set[int] = set()
         self._before.update(map(id, self._engines()))  # of the test, used before the server was started
@@ -462,7 +464,11 @@ def _raised(exc: BaseException) -> Any:
 
 def _is_open(engine: AsyncEngine) -> bool:
     pool: Any = engine.sync_engine.pool
-    return bool(pool.checkedout() + (pool.checkedin() if hasattr(pool, "checkedin") else 0)) if hasattr(pool, "checkedout") else False
+    return (
+        bool(pool.checkedout() + (pool.checkedin() if hasattr(pool, "checkedin") else 0))
+        if hasattr(pool, "checkedout")
+        else False
+    )
 
 
 class _Keeper(logging.Handler):

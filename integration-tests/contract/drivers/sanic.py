@@ -11,6 +11,7 @@ import stat
 import time
 import warnings
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from context_sqla import run_in_new_ctx
@@ -393,7 +394,7 @@ def _manage(app: "Sanic[Any, Any]", group: Group, listening: socket.socket, test
 def _let_go(kept: set[int]) -> None:
     """Give up the sockets of the test, which would stay open here when it closes them; their numbers stay taken."""
     nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in map(int, os.listdir("/proc/self/fd")):
+    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
         with contextlib.suppress(OSError):
             if fd not in kept and stat.S_ISSOCK(os.fstat(fd).st_mode):
                 os.dup2(nothing, fd, inheritable=False)

@@ -60,7 +60,6 @@ async def running(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Proces
 
 async def test_each_worker_commits_and_closes_its_connects_when_its_requests_are_done(ledger, tmp_path):
     """Two workers, each with its own engine: a request that is out at the stop commits, then each worker closes (P4, P15)."""
-
     noted = partial(notes, tmp_path)
     async with running(tmp_path) as (process, url):
         served = await serving(url, 2)
