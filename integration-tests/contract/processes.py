@@ -11,7 +11,7 @@ from support.servers import Workers
 #: One worker takes all connections of these tests, while the others have nothing to do; or there is only one.
 _ONE_WORKER: Mapping[tuple[Workers, str], Sequence[str]] = {
     ("one of them", "its requests meet in one pool: each worker has its own"): (
-        "test_p07_cancellation::test_hanging_rollback_is_cut",
+        "test_p07_cancellation::test_storm_of_cancelled_statements_keeps_the_connections",
         "test_p07_cancellation::test_terminated_backend_costs_one_request",
         "test_p13_host_switch::test_request_that_waits_for_the_old_pool_is_served_by_it",
         "test_p15_event_loops::test_first_use_by_many_requests_makes_one_engine",
@@ -19,6 +19,9 @@ _ONE_WORKER: Mapping[tuple[Workers, str], Sequence[str]] = {
     ),
     ("one of them", "its handler switches the host of its own process"): (
         "test_p13_host_switch::test_handler_that_alternates_under_load",
+    ),
+    ("one of them", "its handlers wait for a line in the log of their own process"): (
+        "test_p16_health::test_quick_request_is_not_named",
     ),
     ("only one", "it counts what the hooks of one process do at startup and shutdown"): (
         "test_p00_driver::test_hooks_run_at_startup_and_shutdown",
@@ -51,6 +54,11 @@ _THE_TEST: Mapping[str, Sequence[str]] = {
         "test_p11_explicit_units::test_server_started_in_a_block_gives_requests_their_own_unit",
         "test_p11_explicit_units::test_server_started_in_a_block_hides_it_from_websockets",
         "test_p12_no_bleeding::test_server_inside_an_open_unit_does_not_join_it",
+    ),
+    "its handler works the network to the database, which is in the process of the test": (
+        "test_p04_commit_before_head::test_check_of_a_database_that_hangs_is_cut",
+        "test_p07_cancellation::test_hanging_rollback_is_cut",
+        "test_p18_concurrency::test_commit_in_doubt_is_not_repeated",
     ),
     "the test itself uses the pool of its handlers": (
         "test_p08_clean_up::test_connection_lost_in_the_rollback_leaves_a_returned_404",

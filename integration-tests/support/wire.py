@@ -89,6 +89,8 @@ class Connection:
 
     async def send_body(self, piece: bytes) -> None:
         """Send a piece of the body, or any bytes."""
+        if not piece:
+            return
         settle()
         async with asyncio.timeout(self._deadline):
             self._writer.write(piece)

@@ -142,22 +142,29 @@ class Group:
     def settle(self) -> None:
         """Agree with each worker about what is shared."""
         self._note_own()
-        for member in self._living():
-            self.ask(member, "nothing")
+        for wait in [self._asked(member, "nothing") for member in self._living()]:
+            wait()
         for member in self._living():
             if member.behind:
                 self._tell(member, None, "nothing")
 
     def ask(self, member: Member, what: str, *args: Any) -> Any:
         """Let a worker do something, and wait for it: the loop of the test stands still, the worker's does not."""
+        return self._asked(member, what, *args)()
+
+    def _asked(self, member: Member, what: str, *args: Any) -> Callable[[], Any]:
+        """Ask, and return what waits for the answer."""
         number = next(self._numbers)
         self._tell(member, number, what, *args)
+        return partial(self._answer, member, number, what)
+
+    def _answer(self, member: Member, number: int, what: str) -> Any:
         end = time.monotonic() + _LIMIT
         while number not in self._answers:
             if member.is_over:
                 return None
             if time.monotonic() > end:
-                raise TimeoutError(f"worker {member.number} did not answer: {what}{args}")
+                raise TimeoutError(f"worker {member.number} did not answer: {what}")
             self._read(member, timeout=1)
         fine, value = self._answers.pop(number)
         if not fine:
@@ -178,9 +185,8 @@ class Group:
             living = self._living()
             chosen = living[0 if together else self._turn % len(living)] if living else None
             self._turn += 1
-            for member in living:
-                if member is not chosen:
-                    self.ask(member, "hold")
+            for wait in [self._asked(member, "hold") for member in living if member is not chosen]:
+                wait()
             before = self.ask(chosen, "accepted") if chosen is not None else None
             try:
                 yield
@@ -192,7 +198,7 @@ class Group:
             finally:
                 for member in living:
                     if member is not chosen:
-                        self.ask(member, "go_on")
+                        self._tell(member, None, "go_on")
 
     def _living(self) -> list[Member]:
         return [member for member in self.members if member.is_serving and not member.is_over]
