@@ -14,6 +14,7 @@ _ONE_WORKER: Mapping[tuple[Workers, str], Sequence[str]] = {
         "test_p07_cancellation::test_storm_of_cancelled_statements_keeps_the_connections",
         "test_p07_cancellation::test_terminated_backend_costs_one_request",
         "test_p13_host_switch::test_request_that_waits_for_the_old_pool_is_served_by_it",
+        "test_p13_host_switch::test_twenty_switches_under_load",
         "test_p15_event_loops::test_first_use_by_many_requests_makes_one_engine",
         "test_p16_health::test_status_counts_those_who_wait",
     ),

@@ -35,7 +35,7 @@ class There:
     """Stands for an object of another process: its attributes and calls are asked for there."""
 
     def __init__(self, where: int, key: int, ask: Callable[..., Any], over: Callable[[], bool]) -> None:
-        self._where = where
+        self.where = where
         self._key = key
         self._ask = ask
         self._over = over
@@ -57,7 +57,27 @@ class There:
         return self._ask("call", self, "__call__", args, kwargs)
 
     def __repr__(self) -> str:
-        return f"<object {self._key} of worker {self._where}>"
+        return f"<object {self._key} of worker {self.where}>"
+
+
+class TaskThere(asyncio.Future[Any]):
+    """Stands for a task of another process, and ends as it does."""
+
+    def __init__(self, there: There) -> None:
+        super().__init__()
+        self.there = there
+        self.add_done_callback(lambda _: self.cancelled() or self.exception())  # nobody may ask
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel the task itself."""
+        return bool(self.there.cancel())
+
+    def ended(self, *, fine: bool, value: Any) -> None:
+        """Do as the task did."""
+        if isinstance(value, asyncio.CancelledError):
+            super().cancel()
+        elif not self.done():
+            (self.set_result if fine else self.set_exception)(value)
 
 
 class Mirror:
@@ -67,12 +87,13 @@ class Mirror:
         self.where = -1  # the test; workers are 0, 1, ...
         self.ask: Callable[[int], Callable[..., Any]] = cannot_ask
         self.over: Callable[[int], bool] = bool
+        self.follow: Callable[[TaskThere], None] | None = None
         self._visited = list(_reachable(roots))
         self._known = {id(one): number for number, one in enumerate(self._visited)}
         self._changing = [(number, kind) for number, one in enumerate(self._visited) if (kind := _kind(one)) is not None]
         self._seen = {number: kind.copy(self._visited[number]) for number, kind in self._changing}
         self._kept: list[object] = []  # what others hold a There of
-        self._theirs: dict[tuple[int, int], There] = {}
+        self._theirs: dict[tuple[int, int], There | TaskThere] = {}
 
     def of(self, kind: type[Any]) -> list[Any]:
         """Return the objects of a class."""
@@ -107,27 +128,32 @@ class Mirror:
 
     def name(self, value: object) -> tuple[Any, ...] | None:
         """Return how others call an object that does not cross by value; None for one that does."""
+        if isinstance(value, TaskThere):
+            value = value.there
         if isinstance(value, There):
-            return (value._where, value._key)
+            return (value.where, value._key, False)
         if id(value) in self._known:
             return (self._known[id(value)],)
         if _crosses(value) or (isinstance(value, BaseException) and id(type(value)) in self._known):
             return None
-        for key, one in enumerate(self._kept):
-            if one is value:
-                return (self.where, key)
-        self._kept.append(value)
-        return (self.where, len(self._kept) - 1)
+        key = next((key for key, one in enumerate(self._kept) if one is value), len(self._kept))
+        if key == len(self._kept):
+            self._kept.append(value)
+        return (self.where, key, isinstance(value, asyncio.Task))
 
     def named(self, name: tuple[Any, ...]) -> Any:
         """Return the object that another process calls so."""
         if len(name) == 1:
             return self._visited[name[0]]
-        where, key = name
+        where, key, is_task = name
         if where == self.where:
             return self._kept[key]
-        if name not in self._theirs:
-            self._theirs[where, key] = There(where, key, self.ask(where), functools.partial(self.over, where))
+        if (where, key) not in self._theirs:
+            there = There(where, key, self.ask(where), functools.partial(self.over, where))
+            self._theirs[where, key] = there
+            if is_task and self.follow is not None:
+                self._theirs[where, key] = task = TaskThere(there)
+                self.follow(task)
         return self._theirs[where, key]
 
 

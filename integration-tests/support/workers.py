@@ -27,7 +27,7 @@ from typing import Any
 from context_sqla import DBConnect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .mirror import Change, Mirror, cannot_ask
+from .mirror import Change, Mirror, TaskThere, cannot_ask
 
 _LIMIT = 20.0
 _groups: list["Group"] = []
@@ -99,6 +99,7 @@ class Group:
     def __init__(self, roots: Iterable[object], number: int) -> None:
         self.mirror = Mirror(roots)
         self.mirror.ask = lambda where: partial(self._ask_about, where)
+        self.mirror.follow = self._follow
         self.mirror.over = lambda where: self.members[where].is_over
         pairs = [socket.socketpair() for _ in range(number)]
         self.members = [Member(index, ours) for index, (ours, _) in enumerate(pairs)]
@@ -200,6 +201,11 @@ class Group:
                     if member is not chosen:
                         self._tell(member, None, "go_on")
 
+    def _follow(self, task: TaskThere) -> None:
+        number = next(self._numbers)
+        self._futures[number] = task
+        self._tell(self.members[task.there.where], number, "wait", task)
+
     def _living(self) -> list[Member]:
         return [member for member in self.members if member.is_serving and not member.is_over]
 
@@ -239,7 +245,9 @@ class Group:
             getattr(self, f"_on_{said}")(member, value)
         elif number in self._futures:
             future = self._futures.pop(number)
-            if not future.done():
+            if isinstance(future, TaskThere):
+                future.ended(fine=said == "done", value=value)
+            elif not future.done():
                 (future.set_result if said == "done" else future.set_exception)(value)
         else:
             self._answers[number] = (said == "done", value)
@@ -328,6 +336,7 @@ class Worker:
         self._mirror = group.mirror
         self._mirror.where = number
         self._mirror.ask = cannot_ask
+        self._mirror.follow = None
         self._mirror.over = lambda where: True  # what another process has is none of ours: each counts its own engines
         self._channel = Channel(group.ends[number])
         self._listening = sock
