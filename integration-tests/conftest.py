@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Listener(config.stash[_recorder]), "support-results")
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
-    for name in config.getoption("framework") or ():
+    for name in () if config.option.collectonly else config.getoption("framework") or ():
         try:
             FRAMEWORKS[name].driver()
         except ImportError as exc:

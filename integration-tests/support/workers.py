@@ -333,6 +333,7 @@ class Worker:
     def __init__(self, group: Group, number: int, sock: socket.socket) -> None:
         _groups.clear()
         self.number = number
+        self._manager = os.getppid()
         self._mirror = group.mirror
         self._mirror.where = number
         self._mirror.ask = cannot_ask
@@ -341,7 +342,6 @@ class Worker:
         self._channel = Channel(group.ends[number])
         self._listening = sock
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._held: tuple[Any, Any] | None = None
         self._accepted: int | None = None
         self._records: list[dict[str, Any]] = []
         self.grace: Callable[[float], object] = float
@@ -393,7 +393,8 @@ class Worker:
     def _read(self) -> None:
         messages = self._channel.receive(0)
         if messages is None:  # the test is gone
-            os.kill(os.getppid(), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._manager, signal.SIGKILL)
             os._exit(1)
         for data in messages:
             number, what, changes, args = self._mirror.loads(data)
