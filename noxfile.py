@@ -44,6 +44,8 @@ FRAMEWORKS = {
     "aiohttp": ["context-sqla", "context-sqla-asgi", "context-sqla-aiohttp"],  # the suite itself needs asgi
     "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],
 }
+# Servers on which the contract runs a second time, with all tests.
+MORE_SERVERS = {"sanic": ["sanic-workers"]}
 PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
 HOSTS = "integration-tests/hosts"
@@ -183,6 +185,8 @@ def contract(session: nox.Session, framework: str) -> None:
     """Run every promise on one framework, whose adapter is alone with its declared dependencies."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
     run_contract(session, framework, "newest")
+    for server in MORE_SERVERS.get(framework, ()):
+        run_contract(session, framework, server, f"--server={server}")
 
 
 @nox.session(tags=["ci"])
@@ -198,6 +202,8 @@ def contract_full(session: nox.Session, framework: str) -> None:
     """Run every promise on every server and every database, not only pairwise."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
     run_contract(session, framework, "full", "--full")
+    for server in MORE_SERVERS.get(framework, ()):
+        run_contract(session, framework, f"{server}-full", "--full", f"--server={server}")
 
 
 @nox.session(tags=["nightly"])
@@ -209,6 +215,8 @@ def lowest(session: nox.Session, framework: str) -> None:
     install(session, "test", "servers", packages=FRAMEWORKS[framework], lowest=True)
     old = "-Wdefault::DeprecationWarning"  # old frameworks use what newer Pythons and pydantics deprecate
     run_contract(session, framework, "lowest", old)
+    for server in MORE_SERVERS.get(framework, ()):
+        run_contract(session, framework, f"{server}-lowest", old, f"--server={server}")
 
 
 @nox.session(python=False)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from context_sqla import DBConnect
 from contract.drivers import FRAMEWORKS, Framework
+from contract.processes import WITHIN_THE_TEST, WORKERS
 from support.bench import Bench, bench
 from support.databases import DRIVERS, Database
 from support.ledger import Ledger
@@ -16,7 +17,7 @@ from support.postgres import PASSWORD, Postgres
 from support.results import Recorder, complaints, promise_of, table
 from support.stacks import Selection, Stack, choose
 
-_SERVERS = sorted({server for framework in FRAMEWORKS.values() for server in framework.servers})
+_SERVERS = sorted({server for row in FRAMEWORKS.values() for server in (*row.servers, *row.more_servers)})
 _MARKERS = (
     "wire: what the test shows depends on the server, so that it runs on each of them",
     "postgresql: the test needs what only PostgreSQL has",
@@ -39,11 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_numbers] = {}
-    config.stash[_recorder] = Recorder(full=config.getoption("full"))
+    config.stash[_recorder] = Recorder(full=config.getoption("full"), servers=config.getoption("server") or ())
     config.pluginmanager.register(_Listener(config.stash[_recorder]), "support-results")
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
-    for name in config.getoption("framework") or ():
+    for name in () if config.option.collectonly else config.getoption("framework") or ():
         try:
             FRAMEWORKS[name].driver()
         except ImportError as exc:
@@ -73,11 +74,19 @@ def _stacks(metafunc: pytest.Metafunc) -> Iterator[Stack]:
     serves = "serve" in metafunc.fixturenames or "framework" in metafunc.fixturenames
     names = (config.getoption("framework") or list(FRAMEWORKS)) if serves else [""]
     counts = set()
+    test = f"{metafunc.module.__name__.rpartition('.')[2]}::{definition.originalname}"
     for name in names:
         servers = FRAMEWORKS[name].servers if name else [""]
-        pairs = choose(servers, databases, number=number, wire=wire, selection=selection)
+        more = [server for server in selection.servers or () if name and server in FRAMEWORKS[name].more_servers]
+        pairs = choose([*servers, *more], databases, number=number, wire=wire, selection=selection)
         counts.add(len(pairs))
-        yield from (Stack(name, server, database) for server, database in pairs)
+        for server, database in pairs:
+            if server not in more:
+                yield Stack(name, server, database)
+            elif test in WITHIN_THE_TEST:
+                yield Stack(name, servers[0], database)
+            else:
+                yield Stack(name, server, database, WORKERS.get(test, "in turn"))
     if len(counts) > 1:
         raise pytest.UsageError(f"{definition.nodeid}: the frameworks do not collect the same number of tests")
 
@@ -87,8 +96,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if not isinstance(item, pytest.Function):
         return
     stack = item.callspec.params.get("stack") if hasattr(item, "callspec") else None
-    if stack is not None and (promise := promise_of(item.path, item.function.__doc__)):
+    if isinstance(stack, Stack) and (promise := promise_of(item.path, item.function.__doc__)):
         item.user_properties.append(("support", (promise, stack.framework, stack.server, stack.database)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that have no stack among those that were asked for: they serve nothing, or need the other database."""
+    wanted = [item for item in items if not _has_no_stack(item)]
+    if len(wanted) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if _has_no_stack(item)])
+        items[:] = wanted
+
+
+def _has_no_stack(item: pytest.Item) -> bool:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return "stack" in params and not isinstance(params["stack"], Stack)
 
 
 class _Listener:

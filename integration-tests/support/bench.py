@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Bench:
         """
         app = self.build(*routes, **application)
         driver = FRAMEWORKS[self.stack.framework].driver()
-        service = Service(app, await driver.start(app, self.stack.server, options or ServerOptions()))
+        told = replace(options or ServerOptions(), workers=self.stack.workers)
+        service = Service(app, await driver.start(app, self.stack.server, told))
         self._services.append(service)
         return service
 

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from . import tables
 from .deadline import DEADLINE, until
 from .ledger import Ledger, PostgresLedger, SqliteLedger
+from .mirror import There
 from .postgres import Postgres
 
 #: Drivers of databases, the default one first.
@@ -91,6 +92,8 @@ def _enforce_foreign_keys(dbapi: Any, record: object) -> None:
 class Databases:
     """What a test uses of databases; ``whole`` and ``gone`` are the proof at its end."""
 
+    SHARED = ("engines",)  # with the workers of a server
+
     def __init__(self, driver: str, place: Postgres | Path) -> None:
         self.driver = driver
         self.place = place
@@ -140,7 +143,7 @@ class Databases:
 
     def checked_out(self) -> int:
         """Return how many connections are out of all pools together, whoever has them."""
-        return sum(engine.sync_engine.pool.checkedout() for engine in self.engines)  # type: ignore[attr-defined]
+        return sum(engine.sync_engine.pool.checkedout() for engine in self.engines if not _is_over(engine))  # type: ignore[attr-defined]
 
     async def whole(self, problems: list[str]) -> None:
         """Add what is not as it should be once all requests are over, and while the pools are still open."""
@@ -168,6 +171,11 @@ class Databases:
     def _reachable(self) -> list[Database]:
         """The databases whose server the test has not stopped."""
         return [one for one in self._databases.values() if isinstance(one.place, Path) or one.place.running]
+
+
+def _is_over(engine: Any) -> bool:
+    """Whether it is the engine of a worker whose process has ended."""
+    return isinstance(engine, There) and engine.is_over
 
 
 @contextlib.asynccontextmanager

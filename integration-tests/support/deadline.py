@@ -5,6 +5,8 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 
+from .workers import settle
+
 #: Ten times what is expected anywhere in this suite: a limit, never a duration to wait for.
 DEADLINE = 10.0
 
@@ -24,6 +26,7 @@ async def until(
     """
     end = time.monotonic() + deadline
     while True:
+        settle()
         met = condition()
         if inspect.isawaitable(met):
             met = await met

@@ -5,6 +5,7 @@ It goes past SQLAlchemy, so that no fault of a pool or a session under test can 
 
 import asyncio
 import contextlib
+import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +17,7 @@ import asyncpg  # type: ignore[import-untyped]
 
 from .deadline import until
 from .postgres import Postgres
+from .workers import settle
 
 Row = tuple[Any, ...]
 OBSERVER = "ledger"
@@ -87,13 +89,16 @@ class PostgresLedger(Ledger):
         self._connection: Any = None
         # Observers that wait side by side take turns.
         self._turn = asyncio.Lock()
+        self._process = os.getpid()
 
     async def rows(self, sql: str, *args: object) -> list[Row]:
-        async with self._turn:
-            return [tuple(row) for row in await (await self._connected()).fetch(sql, *args)]
+        async with self._taking_turns():
+            rows = [tuple(row) for row in await (await self._connected()).fetch(sql, *args)]
+        settle()
+        return rows
 
     async def execute(self, sql: str, *args: object) -> None:
-        async with self._turn:
+        async with self._taking_turns():
             await (await self._connected()).execute(sql, *args)
 
     async def backends(self, application_name: str | None = None) -> list[Backend]:
@@ -145,6 +150,11 @@ class PostgresLedger(Ledger):
             with contextlib.suppress(asyncpg.PostgresError, OSError):
                 await connection.close(timeout=5)
 
+    def _taking_turns(self) -> asyncio.Lock:
+        if self._process != os.getpid():  # forked: the connection is the other process's
+            self._process, self._connection, self._turn = os.getpid(), None, asyncio.Lock()
+        return self._turn
+
     async def _gone(self, pid: int) -> bool:
         return not await self.rows("SELECT 1 FROM pg_stat_activity WHERE pid = $1", pid)
 
@@ -173,7 +183,9 @@ class SqliteLedger(Ledger):
         self.path = path
 
     async def rows(self, sql: str, *args: object) -> list[Row]:
-        return await asyncio.to_thread(self._run, sql, args)
+        rows = await asyncio.to_thread(self._run, sql, args)
+        settle()
+        return rows
 
     async def execute(self, sql: str, *args: object) -> None:
         await asyncio.to_thread(self._run, sql, args)

@@ -10,10 +10,12 @@ import functools
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from contract.drivers import FRAMEWORKS, SERVERS, Framework
+from contract.processes import exceptions
 
 from .databases import DRIVERS
 from .scenario import Feature
@@ -22,6 +24,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/reference/support.md")
 
 _DIALECTS = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
+_PLACES = {
+    "one of them": "one of the two workers, while the other is idle",
+    "only one": "a single worker",
+    "the test": "the server in the test's process",
+}
 _PROMISE = re.compile(r"^\*\*(P\d+[ab]?) (.+)\.\*\*$", re.MULTILINE)
 _BOUND = re.compile(r"(>=|<)([\d.]+)")
 _GENERATED = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -66,8 +73,15 @@ def _versions() -> str:
 
 def _servers() -> str:
     """Where the frameworks run, in tests."""
-    rows = [[_title(name), ", ".join(SERVERS.get(one, one) for one in row.servers)] for name, row in FRAMEWORKS.items()]
+    rows = [[_title(name), ", ".join(SERVERS.get(one, one) for one in _all_servers(row))] for name, row in FRAMEWORKS.items()]
     return _table(["framework", "servers"], rows)
+
+
+def _processes() -> str:
+    """What runs otherwise than the other tests do on a server with several processes."""
+    places = Counter((where, why) for _, where, why in exceptions())
+    rows = [[str(number), _PLACES[where], why] for (where, why), number in places.items()]
+    return _table(["tests", "run on", "because"], rows)
 
 
 def _databases() -> str:
@@ -107,6 +121,7 @@ _SECTIONS = {
     "databases": _databases,
     "frameworks": _frameworks,
     "notes": _note_table,
+    "processes": _processes,
     "promises": _promise_table,
     "servers": _servers,
     "tools": _tools,
@@ -118,7 +133,7 @@ def _lacks() -> Iterator[tuple[str, str | None, Feature, str]]:
     """All that is lacking: framework, one of its servers or None for all, feature, reason."""
     for name, row in FRAMEWORKS.items():
         yield from ((name, None, feature, reason) for feature, reason in row.lacks.items())
-        for server in row.servers:
+        for server in _all_servers(row):
             yield from ((name, server, feature, reason) for feature, reason in row.lacks_on.get(server, {}).items())
 
 
@@ -145,6 +160,10 @@ def _everywhere(row: Framework) -> Iterator[tuple[Feature, str]]:
     yield from row.lacks.items()
     for lacks in row.lacks_on.values():
         yield from lacks.items()
+
+
+def _all_servers(row: Framework) -> Sequence[str]:
+    return (*row.servers, *row.more_servers)
 
 
 def _where(name: str, server: str | None) -> str:

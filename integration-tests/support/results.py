@@ -40,11 +40,12 @@ def promise_of(path: Path, docstring: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Result:
-    """One run, with the versions that it ran on."""
+    """One run, with the versions that it ran on; ``servers`` are those that it was limited to, if it was."""
 
     full: bool
     versions: Mapping[str, str]
     counts: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    servers: Sequence[str] = ()
 
     @classmethod
     def read(cls, path: Path) -> "Result":
@@ -67,8 +68,9 @@ class Result:
 class Recorder:
     """Counts the outcomes; with xdist, in the process that the workers report to."""
 
-    def __init__(self, *, full: bool) -> None:
+    def __init__(self, *, full: bool, servers: Sequence[str] = ()) -> None:
         self._full = full
+        self._servers = servers
         self._outcomes: dict[str, tuple[tuple[str, ...], str]] = {}
 
     def record(self, nodeid: str, properties: Iterable[tuple[str, object]], outcome: str) -> None:
@@ -93,6 +95,7 @@ class Recorder:
                 | {outcome: number[outcome] for outcome in OUTCOMES}
                 for about, number in sorted(counts.items())
             ],
+            list(self._servers),
         )
 
 
@@ -161,7 +164,7 @@ def _in_order(promise: str) -> tuple[int, str]:
 def complaints(results: Sequence[Result]) -> list[str]:
     """Return what keeps the runs from being a proof: tests that failed, and frameworks with fewer tests than others."""
     found = []
-    totals: defaultdict[bool, dict[str, int]] = defaultdict(dict)
+    totals: defaultdict[tuple[object, ...], dict[str, int]] = defaultdict(dict)
     for result in results:
         numbers: Counter[str] = Counter()
         bad: Counter[str] = Counter()
@@ -170,7 +173,7 @@ def complaints(results: Sequence[Result]) -> list[str]:
             if count["framework"]:
                 numbers[framework] += sum(count[outcome] for outcome in OUTCOMES)
             bad[framework] += count["failed"] + count["skipped"]
-        totals[result.full].update(numbers)
+        totals[result.full, *result.servers].update(numbers)
         found += [f"{framework}: {number} tests did not pass" for framework, number in bad.items() if number]
     for numbers_of_one_kind in totals.values():
         if len(set(numbers_of_one_kind.values())) > 1:

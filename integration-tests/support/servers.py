@@ -12,6 +12,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import uvicorn
 from .deadline import DEADLINE, until
 from .wire import Address
 
+Workers = Literal["in turn", "one of them", "only one"]
 LOOPBACK = "127.0.0.1"
 Message = MutableMapping[str, Any]
 ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
@@ -27,9 +29,13 @@ ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """``http`` chooses uvicorn's parser; the other servers have one."""
+    """``http`` chooses uvicorn's parser; the other servers have one.
+
+    ``workers`` is for servers with several processes, see ``Stack``.
+    """
 
     http: Literal["httptools", "h11"] = "httptools"
+    workers: Workers = "in turn"
 
 
 class StartupError(RuntimeError):
@@ -40,6 +46,10 @@ class Running(ABC):
     """A server that runs."""
 
     address: Address
+
+    def admission(self) -> AbstractAsyncContextManager[None]:
+        """Stand around the opening of a connection; several workers take turns."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     async def stop(self, grace: float = 30) -> None:

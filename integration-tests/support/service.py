@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection
@@ -11,6 +10,7 @@ from websockets.asyncio.client import connect as connect_websocket
 from . import wire
 from .servers import Running
 from .wire import Address, Response
+from .workers import settle
 
 
 class Service:
@@ -40,15 +40,22 @@ class Service:
         async with self.connect() as connection:
             return await connection.request(method, path, body=body, headers=headers)
 
-    def connect(self) -> AbstractAsyncContextManager[wire.Connection]:
+    @contextlib.asynccontextmanager
+    async def connect(self) -> AsyncIterator[wire.Connection]:
         """Open a connection for requests that share it, or for a look at single bytes."""
-        return wire.connect(self.address)
+        async with contextlib.AsyncExitStack() as stack:
+            async with self._running.admission():
+                connection = await stack.enter_async_context(wire.connect(self.address))
+            yield connection
 
     @contextlib.asynccontextmanager
     async def websocket(self, path: str) -> AsyncIterator[ClientConnection]:
         """Open a websocket; it has ``send``, ``recv`` and ``close``."""
         host, port = self.address
-        async with connect_websocket(f"ws://{host}:{port}{path}", proxy=None) as socket:
+        async with contextlib.AsyncExitStack() as stack:
+            async with self._running.admission():
+                opening = connect_websocket(f"ws://{host}:{port}{path}", proxy=None, create_connection=_Client)
+                socket = await stack.enter_async_context(opening)
             yield socket
 
     async def stop(self, grace: float = 30) -> None:
@@ -56,3 +63,15 @@ class Service:
         if not self._stopped:
             self._stopped = True
             await self._running.stop(grace)
+
+
+class _Client(ClientConnection):
+    async def send(self, *args: Any, **kwargs: Any) -> None:
+        settle()
+        await super().send(*args, **kwargs)
+
+    async def recv(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().recv(*args, **kwargs)
+        finally:
+            settle()

@@ -5,15 +5,21 @@ from dataclasses import dataclass
 from itertools import product
 
 from .databases import DRIVERS
+from .servers import Workers
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One combination; ``framework`` and ``server`` are empty for a test that serves nothing."""
+    """One combination; ``framework`` and ``server`` are empty for a test that serves nothing.
+
+    ``workers`` is about a server with several worker processes: they take the connections of the test in turn, or one of them
+    takes them all, or there is only one.
+    """
 
     framework: str
     server: str
     database: str
+    workers: Workers = "in turn"
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.framework, self.server, self.database)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .deadline import DEADLINE
+from .workers import settle
 
 
 class Address(NamedTuple):
@@ -88,6 +89,9 @@ class Connection:
 
     async def send_body(self, piece: bytes) -> None:
         """Send a piece of the body, or any bytes."""
+        if not piece:
+            return
+        settle()
         async with asyncio.timeout(self._deadline):
             self._writer.write(piece)
             await self._writer.drain()
@@ -112,8 +116,11 @@ class Connection:
             BrokenOff: the connection ended before the body.
         """
         assert self._body is not None, "read the head first"
-        async with asyncio.timeout(self._deadline):
-            return await anext(self._body, None)
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await anext(self._body, None)
+        finally:
+            settle()
 
     async def rest(self) -> bytes:
         """Read what is left of the body.
@@ -148,6 +155,8 @@ class Connection:
                 return await self._reader.read(-1)
         except ConnectionError:
             return b""
+        finally:
+            settle()
 
     def abort(self) -> None:
         """Vanish: drop the connection at once, as a killed client does."""
@@ -167,6 +176,8 @@ class Connection:
             raise BrokenOff(exc.partial) from None
         except ConnectionError:
             raise BrokenOff from None
+        finally:
+            settle()
         first, *lines = raw.decode("latin-1").split("\r\n")[:-2]
         pairs = (line.partition(":") for line in lines)
         return Head(int(first.split()[1]), {name.lower(): value.strip() for name, _, value in pairs})

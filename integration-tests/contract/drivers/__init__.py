@@ -17,6 +17,7 @@ SERVERS: Mapping[str, str] = {
     "aiohttp-cancelling": "aiohttp's own with `handler_cancellation`",
     "aiohttp-test": "aiohttp's `TestServer`",
     "sanic": "Sanic's own",
+    "sanic-workers": "Sanic's own with two workers",
 }
 
 
@@ -34,13 +35,14 @@ class Driver(Protocol):
 class Framework:
     """One row: the module of the driver, its servers (the default one first), and what the framework lacks, with the reason.
 
-    ``lacks_on`` has what is lacking on one of its servers only; ``on(server)`` is the row with that as well.
+    ``more_servers`` are those that ``--server`` has to ask for: every test runs on them in a run of their own. ``lacks_on`` has what is lacking on one of its servers only; ``on(server)`` is the row with that as well.
     """
 
     module: str
     servers: Sequence[str]
     lacks: Mapping[Feature, str] = field(default_factory=dict)
     lacks_on: Mapping[str, Mapping[Feature, str]] = field(default_factory=dict)
+    more_servers: Sequence[str] = ()
 
     def on(self, server: str) -> "Framework":
         """Return the row as it is on one of its servers."""
@@ -111,10 +113,12 @@ FRAMEWORKS: Mapping[str, Framework] = {
         },
         {
             "sanic": {Feature.HANDLER_RUNS_ON: "Sanic's own server cancels the handler of a client that has left"},
+            "sanic-workers": {Feature.HANDLER_RUNS_ON: "Sanic's own server cancels the handler of a client that has left"},
             "uvicorn": {
                 Feature.DISCONNECT: "Sanic does not listen to an ASGI server: only who writes learns that a client has left"
             },
             "hypercorn": {Feature.DISCONNECT: "as under uvicorn"},
         },
+        more_servers=("sanic-workers",),
     ),
 }

@@ -1,9 +1,17 @@
 """Sanic, with ``context_sqla_sanic.setup``; on its own server, or as an ASGI application."""
 
 import asyncio
+import contextlib
 import inspect
+import multiprocessing
+import os
+import signal
 import socket
+import stat
+import time
+import warnings
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from context_sqla import run_in_new_ctx
@@ -12,9 +20,11 @@ from sanic import HTTPResponse, Request, Sanic, raw, redirect
 from sanic.application.constants import ServerStage
 from sanic.application.state import ApplicationServerInfo
 from sanic.exceptions import SanicException, WebsocketClosed
+from sanic.mixins import startup
 from sanic.response import BaseHTTPResponse
+from sanic.worker.manager import WorkerManager
 from support import servers
-from support.deadline import until
+from support.deadline import DEADLINE, until
 from support.scenario import (
     Answer,
     Application,
@@ -31,6 +41,7 @@ from support.scenario import (
 )
 from support.servers import LOOPBACK, Running, ServerOptions
 from support.wire import Address
+from support.workers import Group, Worker
 from websockets.exceptions import ConnectionClosed
 
 Sanic.test_mode = True  # many applications in one process, with one name
@@ -41,6 +52,7 @@ def build(application: Application) -> "Sanic[Any, Any]":
     app: Sanic[Any, Any] = Sanic("contract", configure_logging=False)
     app.config.ACCESS_LOG = False
     app.config.MOTD = False  # it imports every extension that is installed
+    app.ctx.application = application
     options = {"should_commit": application.should_commit, "before_commit": application.before_commit}
     if application.setup_first:
         setup(app, *application.connects, **options)
@@ -67,6 +79,8 @@ def build(application: Application) -> "Sanic[Any, Any]":
 
 async def start(app: "Sanic[Any, Any]", server: str, options: ServerOptions) -> Running:
     """Serve it."""
+    if server == "sanic-workers":
+        return await _Workers.start(app, options)
     return await (_Native.start(app) if server == "sanic" else servers.start(app, server, options))
 
 
@@ -250,6 +264,140 @@ class _Native(Running):
                 connection.abort()
         await self._server.after_stop()
         self._app.state.server_info.clear()
+
+
+class _Workers(Running):
+    """Sanic's own server as ``app.run(workers=2)`` starts it: a process that manages two workers, forked from the test."""
+
+    def __init__(self, group: Group, address: Address, process: Any, manager: socket.socket, options: ServerOptions) -> None:
+        self.address = address
+        self._group = group
+        self._process = process
+        self._manager = manager
+        self._together = options.workers != "in turn"
+
+    @classmethod
+    async def start(cls, app: "Sanic[Any, Any]", options: ServerOptions) -> Running:
+        listening = socket.create_server((LOOPBACK, 0))
+        listening.setblocking(False)
+        ours, theirs = socket.socketpair()
+        group = Group(_parts(app.ctx.application), 1 if options.workers == "only one" else 2)
+        app.config.USE_UVLOOP = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
+        process = multiprocessing.get_context("fork").Process(target=_manage, args=(app, group, listening, theirs))
+        with warnings.catch_warnings():
+            # From Python 3.12 on: a thread of the test may hold a lock that the child will want. It wants none of theirs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        running = cls(group, Address(*listening.getsockname()), process, ours, options)
+        listening.close()
+        theirs.close()
+        group.forked()
+        try:
+            await running._listening()
+        except BaseException:
+            await running._ended()
+            raise
+        return running
+
+    def admission(self) -> Any:
+        return self._group.admission(together=self._together)
+
+    async def stop(self, grace: float = 30) -> None:
+        """Send SIGTERM to the managing process, and wait for its end."""
+        self._group.settle()
+        for member in self._group.members:
+            if not member.is_over:
+                self._group.ask(member, "grace", grace)
+        # A SIGTERM that comes before the manager has seen all workers makes it wait for them forever.
+        async with asyncio.timeout(DEADLINE * 3):
+            await asyncio.get_running_loop().sock_recv(self._manager, 1)
+        os.kill(self._process.pid, signal.SIGTERM)
+        await self._ended()
+        if self._group.problems:
+            raise AssertionError("; ".join(self._group.problems))
+
+    async def _listening(self) -> None:
+        ended = asyncio.ensure_future(_readable(self._process.sentinel))
+        try:
+            async with asyncio.timeout(DEADLINE * 3):
+                while not all(member.is_serving for member in self._group.members):
+                    self._group.changed.clear()
+                    changed = asyncio.ensure_future(self._group.changed.wait())
+                    await asyncio.wait({changed, ended}, return_when=asyncio.FIRST_COMPLETED)
+                    changed.cancel()
+                    if ended.done():
+                        raise servers.StartupError("a worker did not start")
+        finally:
+            ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
+
+    async def _ended(self) -> None:
+        try:
+            async with asyncio.timeout(DEADLINE * 6):
+                await _readable(self._process.sentinel)
+        finally:
+            if self._process.is_alive():
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.join()
+            self._group.close()
+            self._manager.close()
+
+
+def _parts(application: Application) -> list[Any]:
+    hooks = [*application.on_startup, *application.on_shutdown]
+    rules = [application.should_commit, application.before_commit]
+    middleware = list(application.middleware)
+    return [list(application.routes), application.connects, list(application.error_handlers.values()), rules, middleware, hooks]
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _manage(app: "Sanic[Any, Any]", group: Group, listening: socket.socket, test: socket.socket) -> None:
+    """Be the process that manages the workers: its signals and its group are its own."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)  # that of the test's loop
+    _let_go({listening.fileno(), test.fileno(), *(end.fileno() for end in group.ends)})
+    serve, wait_for_ack = startup.worker_serve, WorkerManager.wait_for_ack
+
+    def worker_serve(*args: Any, **kwargs: Any) -> None:
+        name = os.environ["SANIC_WORKER_NAME"]
+        while "starts" not in kwargs["worker_state"][name]:
+            time.sleep(0.001)  # the manager's note that it has started a worker would wipe out the worker's that it is ready
+        number = int(name.split("-")[2])
+        worker = Worker(group, number, listening)
+        worker.grace = lambda seconds: setattr(app.config, "GRACEFUL_SHUTDOWN_TIMEOUT", seconds)
+        app.listener("before_server_start", priority=2_000_000)(listener(worker.attach))
+        app.listener("after_server_start", priority=-2_000_000)(listener(worker.serving))
+        serve(*args, **kwargs)
+        worker.over()
+
+    def waited_for_ack(manager: WorkerManager) -> None:
+        wait_for_ack(manager)
+        test.send(b"1")
+
+    startup.worker_serve = worker_serve
+    WorkerManager.wait_for_ack = waited_for_ack  # type: ignore[method-assign]
+    Sanic.start_method = "fork"
+    Sanic._app_registry = {app.name: app}
+    app.prepare(sock=listening, workers=len(group.members), access_log=False, motd=False)
+    Sanic.serve(app)
+
+
+def _let_go(kept: set[int]) -> None:
+    """Give up the sockets of the test, which would stay open here when it closes them; their numbers stay taken."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        with contextlib.suppress(OSError):
+            if fd not in kept and stat.S_ISSOCK(os.fstat(fd).st_mode):
+                os.dup2(nothing, fd, inheritable=False)
 
 
 class _Socket:

@@ -35,6 +35,13 @@ app.after_server_start(lambda app: note("started"))
 app.before_server_stop(lambda app: note("stopping"))
 
 
+@app.post("/restart/<name>")
+async def restart(request: Request, name: str) -> HTTPResponse:
+    """Let the managing process start the worker of this name again."""
+    request.app.m.restart(name)
+    return text("asked")
+
+
 @app.post("/<name>")
 async def create(request: Request, name: str) -> HTTPResponse:
     session = await db_session(db)
@@ -45,6 +52,9 @@ async def create(request: Request, name: str) -> HTTPResponse:
         while not (FOLDER / "go on").exists():
             await asyncio.sleep(0.01)
         await session.execute(sql("INSERT INTO item (name) VALUES ('slow again')"))
+    if name == "open":
+        note(f"open {os.environ['SANIC_WORKER_NAME']}")
+        await asyncio.Event().wait()
     return text(str(os.getpid()))
 
 
