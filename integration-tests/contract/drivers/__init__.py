@@ -83,6 +83,16 @@ FRAMEWORKS: Mapping[str, Framework] = {
             Feature.HANDLER_RUNS_ON: "Quart cancels the handler of a client that has left, under every server: it is rolled back",
         },
     ),
+    "falcon": Framework(
+        "falcon",
+        ASGI_SERVERS,
+        {
+            Feature.DISCONNECT: "Falcon does not listen to the server while it streams: only who writes learns that a client has left",
+            Feature.SYNC_HANDLERS: "Falcon takes only coroutine functions as responders of an ASGI application",
+            Feature.GZIP: "Falcon has no compression of its own",
+            Feature.BASE_HTTP: "no middleware of Falcon's stands around a responder",
+        },
+    ),
     "aiohttp": Framework(
         "aiohttp",
         # Its own runner with handler_cancellation off, as it is by default, and on; and what aiohttp's test client starts.
