@@ -3,10 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import falcon
 import falcon.asgi
+import falcon.testing
+from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+from context_sqla_asgi import setup as setup_asgi
 from context_sqla_falcon import setup
 from support import servers
 from support.scenario import (
@@ -25,6 +29,8 @@ from support.scenario import (
     SocketHandler,
 )
 from support.servers import Running, ServerOptions
+
+from .asgi import Between, Unfinished
 
 
 def build(application: Application) -> falcon.asgi.App:
@@ -156,3 +162,59 @@ class _Check:
 
 
 _MIDDLEWARE = {Feature.CORS: falcon.CORSMiddleware}
+
+
+def file(path: Path, work: Any, connect: Any) -> falcon.asgi.App:
+    """Make an application that does the work and answers with a file-like stream, as Falcon's static routes do."""
+    app = falcon.asgi.App()
+
+    class Stream:
+        def __init__(self) -> None:
+            self._file = path.open("rb")
+
+        async def read(self, size: int = -1) -> bytes:
+            return self._file.read(size)
+
+        async def close(self) -> None:
+            self._file.close()
+
+    class Resource:
+        async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+            await work()
+            resp.set_stream(Stream(), path.stat().st_size)  # type: ignore[arg-type]
+
+    app.add_route("/", Resource())
+    setup(app, connect)
+    return app
+
+
+def unfinished(write: Any, connect: Any) -> falcon.asgi.App:
+    """Make an application whose author answers without Falcon, and forgets the last message."""
+
+    class App(falcon.asgi.App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # type: ignore[override]
+            if scope["type"] == "lifespan":
+                await super().__call__(scope, receive, send)
+                return
+            await write("handler")
+            await Unfinished(write)(scope, receive, send)
+
+    app = App()
+    setup(app, connect)
+    return app
+
+
+def twice(handler: Handler, write: Any) -> Any:
+    """Put ASGI middleware around an application that is set up: no middleware of Falcon's could open a unit."""
+    return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(build(Application([Route("/", handler)]))), write))
+
+
+def mounted(handler: Handler, write: Any) -> Any:
+    """Put an application behind one that is not Falcon's, for Falcon mounts none; both are set up."""
+    return setup_asgi(Between(build(Application([Route("/", handler)])), write))
+
+
+def post(app: falcon.asgi.App, url: str) -> int:
+    """Make a request with Falcon's client, which has a loop of its own."""
+    path, _, query = url.partition("?")
+    return int(falcon.testing.simulate_post(app, path, query_string=query).status_code)

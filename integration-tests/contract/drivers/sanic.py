@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from context_sqla import run_in_new_ctx
@@ -12,7 +13,7 @@ from sanic import HTTPResponse, Request, Sanic, raw, redirect
 from sanic.application.constants import ServerStage
 from sanic.application.state import ApplicationServerInfo
 from sanic.exceptions import SanicException, WebsocketClosed
-from sanic.response import BaseHTTPResponse
+from sanic.response import BaseHTTPResponse, file_stream
 from support import servers
 from support.deadline import until
 from support.scenario import (
@@ -273,3 +274,37 @@ class _Socket:
 
     async def close(self) -> None:
         await self.native.close()
+
+
+def file(path: Path, work: Any, connect: Any) -> "Sanic[Any, Any]":
+    """Make an application that does the work and answers with ``file_stream``."""
+    app = build(Application([]))
+
+    @app.get("/")
+    async def run(request: Request) -> Any:
+        await work()
+        return await file_stream(path)
+
+    return app
+
+
+def unfinished(write: Any, connect: Any) -> "Sanic[Any, Any]":
+    """Make an application that fails in the middle of its response: Sanic itself adds the last piece otherwise."""
+    app = build(Application([]))
+
+    @app.get("/")
+    async def run(request: Request) -> None:
+        await write("handler")
+        response: Any = await request.respond(content_type="text/plain")
+        await response.send("one")
+        await write("body")
+        raise ZeroDivisionError
+
+    return app
+
+
+def post(app: "Sanic[Any, Any]", url: str) -> int:
+    """Make a request of ASGI's kind, in a loop of its own."""
+    from .asgi import post
+
+    return post(asgi(app), url)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from context_sqla import DBConnect, run_in_new_ctx
-from context_sqla.adapters import BeforeCommitCallback, Phase, check_connects, explain, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, check_connects, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
@@ -53,7 +53,7 @@ def setup(
     app.add_middleware([])  # prepares what is there already once more
 
 
-class _SetUp(App):  # type: ignore[type-arg]  # Falcon 4.0 has no arguments for it
+class _SetUp:
     """What the class of an application that is set up has before that of Falcon, or of the application's author."""
 
     __slots__ = ()
@@ -61,19 +61,22 @@ class _SetUp(App):  # type: ignore[type-arg]  # Falcon 4.0 has no arguments for 
     started = False
     whole: Any
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # type: ignore[override]
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if not self.started:
             type(self).started = True
         await self.whole(scope, receive, send)
 
     def _prepare_middleware(self, middleware: list[Any], *args: Any, **options: Any) -> Any:
-        return super()._prepare_middleware([_COMMIT, *middleware], *args, **options)
+        app: Any = super()
+        return app._prepare_middleware([_COMMIT, *middleware], *args, **options)
 
     def _find_error_handler(self, ex: Exception) -> Any:
+        app: Any = self
         explain(ex)  # the unit never sees an error that is answered here
-        if isinstance(ex, UnavailableError) and not any(cls in self._error_handlers for cls in _ANSWERED):
+        if isinstance(ex, UnavailableError) and not any(cls in app._error_handlers for cls in _ANSWERED):
             return _unavailable
-        return super()._find_error_handler(ex)
+        app = super()
+        return app._find_error_handler(ex)
 
     def _schedule_callbacks(self, resp: Any) -> None:
         jobs = []
@@ -84,7 +87,8 @@ class _SetUp(App):  # type: ignore[type-arg]  # Falcon 4.0 has no arguments for 
                 resp.schedule_sync(callback)
         if jobs:
             resp.schedule(partial(run_in_new_ctx, _run_all, jobs))
-        super()._schedule_callbacks(resp)
+        app: Any = super()
+        app._schedule_callbacks(resp)
 
 
 class _Commit:
@@ -104,10 +108,14 @@ class _Commit:
             await resp.render_body()
             resp._asgi_headers()  # noqa: SLF001
             await wire.unit.head(resp.status_code)
-        except Exception:
+        except Exception as error:
             # Falcon would go on with the stream and the background work of the answer that is given up.
-            resp.stream = resp.sse = None
+            given_up, resp.stream, resp.sse = resp.stream, None, None
             _forget_work(resp)
+            try:
+                await _close(given_up)
+            except Exception as failed:  # noqa: BLE001 - P8: the error that came before wins
+                error.add_note(f"closing the stream of the answer failed as well: {failed!r}")
             raise
         wire.decides = True
         if resp.stream is not None and not hasattr(resp.stream, "read"):
@@ -147,16 +155,18 @@ async def _until_the_client_has_left(stream: Any, wire: Wire) -> AsyncGenerator[
             yield piece
         await _has_left(wire)
     finally:
-        for name in ("aclose", "close"):
-            if (close := getattr(stream, name, None)) is not None:
-                await close()
-                break
+        await _close(stream)
+
+
+async def _close(stream: Any) -> None:
+    close = getattr(stream, "aclose", None) or getattr(stream, "close", None)
+    if close is not None:
+        await close()
 
 
 async def _has_left(wire: Wire) -> bool:
     """Return whether the server has said that the client is gone; the unit is told by the wire (P5)."""
-    # A body of the request that is not read yet is the application's, and a response that is complete ends as it likes.
-    while wire.body_read and wire.unit.phase is Phase.STREAM:
+    while wire.body_read:  # what is not read yet of the request is the application's
         try:
             async with asyncio.timeout(0):
                 message = await wire.receive()
