@@ -60,6 +60,7 @@ class _SetUp:
 
     started = False
     whole: Any
+    _error_handlers: dict[type[Exception], Any]  # Falcon's
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if not self.started:
@@ -67,16 +68,13 @@ class _SetUp:
         await self.whole(scope, receive, send)
 
     def _prepare_middleware(self, middleware: list[Any], *args: Any, **options: Any) -> Any:
-        app: Any = super()
-        return app._prepare_middleware([_COMMIT, *middleware], *args, **options)
+        return super()._prepare_middleware([_COMMIT, *middleware], *args, **options)  # type: ignore[misc]
 
     def _find_error_handler(self, ex: Exception) -> Any:
-        app: Any = self
         explain(ex)  # the unit never sees an error that is answered here
-        if isinstance(ex, UnavailableError) and not any(cls in app._error_handlers for cls in _ANSWERED):
+        if isinstance(ex, UnavailableError) and not any(cls in self._error_handlers for cls in _ANSWERED):
             return _unavailable
-        app = super()
-        return app._find_error_handler(ex)
+        return super()._find_error_handler(ex)  # type: ignore[misc]
 
     def _schedule_callbacks(self, resp: Any) -> None:
         jobs = []
@@ -87,8 +85,7 @@ class _SetUp:
                 resp.schedule_sync(callback)
         if jobs:
             resp.schedule(partial(run_in_new_ctx, _run_all, jobs))
-        app: Any = super()
-        app._schedule_callbacks(resp)
+        super()._schedule_callbacks(resp)  # type: ignore[misc]
 
 
 class _Commit:
