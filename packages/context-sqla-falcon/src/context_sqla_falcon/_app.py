@@ -163,15 +163,14 @@ async def _close(stream: Any) -> None:
 
 async def _has_left(wire: Wire) -> bool:
     """Return whether the server has said that the client is gone; the unit is told by the wire (P5)."""
-    while wire.body_read:  # what is not read yet of the request is the application's
-        try:
-            async with asyncio.timeout(0):
-                message = await wire.receive()
-        except TimeoutError:
-            return False
-        if message["type"] == "http.disconnect":
-            return True
-    return False
+    if not wire.body_read:  # what is not read yet of the request is the application's
+        return False
+    try:
+        async with asyncio.timeout(0):
+            message = await wire.receive()
+    except TimeoutError:
+        return False
+    return bool(message["type"] == "http.disconnect")
 
 
 async def _unavailable(req: Request, resp: Response | None, ex: UnavailableError, params: dict[str, Any], **_: Any) -> None:
