@@ -45,10 +45,7 @@ def promises() -> dict[str, str]:
 
 def _frameworks() -> str:
     """The frameworks, for who looks for theirs."""
-    rows = [
-        [_title(name), f"`{_distribution(name)}`", _range(name), f"[docs](docs/how-to/{name}.md)"]
-        for name in _popular()
-    ]
+    rows = [[_title(name), f"`{_distribution(name)}`", _range(name), f"[docs](docs/how-to/{name}.md)"] for name in _popular()]
     rows.append(["tests, with pytest", "`context-sqla-pytest`", "", "[docs](docs/how-to/testing.md)"])
     rows.append(["none: scripts, workers, CLIs", "`context-sqla`", "", "[docs](docs/how-to/scripts-and-workers.md)"])
     return _table(["framework", "distribution", "versions tested", "how to"], rows)
