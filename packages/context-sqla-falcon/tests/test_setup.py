@@ -7,8 +7,10 @@ import falcon.asgi
 import falcon.testing
 import pytest
 from context_sqla import ContextNotInitiatedError, UnavailableError, db_context, db_session, is_context_initiated
+from context_sqla.adapters import Policy, Unit
 from context_sqla.errors import ContextSqlaError, SetupError
 from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
+from context_sqla_asgi import SCOPE_KEY
 from context_sqla_asgi import setup as setup_asgi
 from context_sqla_falcon import setup
 from falcon.asgi import SSEvent
@@ -627,7 +629,7 @@ async def test_requests_are_named_by_their_route(app, ledger, client_of):
     seen = []
 
     async def look(req, resp, number):
-        seen.append(req.scope["context_sqla.wire"].unit.label())
+        seen.append(req.scope[SCOPE_KEY].unit.label())
 
     app.add_route("/users/{number:int}", resource(get=look))
     await (await client_of(app)).get("/users/7")
@@ -650,6 +652,22 @@ async def test_falcon_behind_another_adapter_is_one_unit(app, ledger, client_of)
     answer = await (await client_of(setup_asgi(app))).get("/stream")
 
     assert (answer.text, ledger.names()) == ("one", "a body")
+
+
+async def test_unit_that_no_wire_drives_is_left_to_its_owner(app, ledger, client_of):
+    """Function middleware of Starlette's around a mounted Falcon decides when the response comes by (P12)."""
+    unit = Unit.enter(Policy())
+
+    async def outer(scope, receive, send):
+        await app({**scope, SCOPE_KEY: None}, receive, send)
+
+    answer = await (await client_of(outer)).get("/write")
+    names = ledger.names()
+    await unit.head(answer.status_code)
+    await unit.end_of_body()
+    await unit.close(None)
+
+    assert (answer.status_code, names, ledger.names()) == (200, "", "a")
 
 
 async def test_falcons_client_in_the_tests_loop_shares_its_transaction(app, ledger):
