@@ -22,28 +22,21 @@ nox.options.sessions = ["tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-PACKAGES = [
-    "context-sqla",
-    "context-sqla-asgi",
-    "context-sqla-starlette",
-    "context-sqla-fastapi",
-    "context-sqla-litestar",
-    "context-sqla-quart",
-    "context-sqla-aiohttp",
-    "context-sqla-sanic",
-    "context-sqla-pytest",
-    "context-sqla-hosts",
-]
-# What each framework's adapter needs of this workspace; its sessions install nothing else of it.
-FRAMEWORKS = {
-    "asgi": ["context-sqla", "context-sqla-asgi"],
-    "starlette": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette"],
-    "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
-    "litestar": ["context-sqla", "context-sqla-asgi", "context-sqla-litestar"],
-    "quart": ["context-sqla", "context-sqla-asgi", "context-sqla-quart"],
-    "aiohttp": ["context-sqla", "context-sqla-asgi", "context-sqla-aiohttp"],  # the suite itself needs asgi
-    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],
-}
+# By name: a folder of packages/ is a distribution, and one that has a driver in the contract is the adapter of a framework.
+PROJECTS = {path.parent.name: nox.project.load_toml(path)["project"] for path in Path("packages").glob("*/pyproject.toml")}
+PACKAGES = sorted(PROJECTS)
+DRIVERS = sorted(path.stem for path in Path("integration-tests/contract/drivers").glob("[!_]*.py"))
+
+
+def needed(*packages: str) -> list[str]:
+    """Return packages of this workspace with what they declare to need of it."""
+    texts = [text for name in packages for text in PROJECTS[name]["dependencies"]]
+    siblings = [name for name in PACKAGES if any(text.startswith(f"{name}>=") for text in texts)]
+    return sorted({*packages, *(needed(*siblings) if siblings else [])})
+
+
+# What each framework's sessions install of this workspace, and no more: its adapter with what that needs; the suite needs asgi.
+FRAMEWORKS = {name: needed("context-sqla-asgi", f"context-sqla-{name}") for name in DRIVERS}
 # Servers on which the contract runs a second time, with all tests.
 MORE_SERVERS = {"sanic": ["sanic-workers"]}
 PYTEST = "context-sqla-pytest"

@@ -11,13 +11,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+_PACKAGES = Path(__file__).parents[1] / "packages"
 PUBLIC = [
-    "context_sqla",
+    *sorted(path.parent.name for path in _PACKAGES.glob("*/src/*/__init__.py")),
     "context_sqla.adapters",
     "context_sqla.errors",
     "context_sqla.testing",
-    *(f"context_sqla_{name}" for name in ("aiohttp", "asgi", "fastapi", "hosts", "litestar", "pytest", "quart", "sanic")),
-    "context_sqla_starlette",
 ]
 # Names of others, and names that have their place in another module of ours.
 ELSEWHERE = {

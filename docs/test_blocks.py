@@ -30,7 +30,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PAGES = sorted(page for page in [*DOCS.rglob("*.md"), ROOT / "README.md"] if page.parent.name != "changelog.d")
 
-FRAMEWORKS = ("fastapi", "starlette", "litestar", "quart", "aiohttp", "sanic", "asgi")
+FRAMEWORKS = sorted(path.parent.name for path in ROOT.glob("examples/*/app.py"))
 HEADINGS = [
     "Set up",
     "Errors of the commit",

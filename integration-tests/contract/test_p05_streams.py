@@ -706,17 +706,18 @@ async def test_client_gone_during_a_statement_of_the_body(serve, connect, ledger
     """A client that vanishes while a statement of the body runs leaves no row, no transaction and no connection (P5)."""
     db = await connect("db", engine_options={"pool_size": 1})
 
-    async def waits():
+    async def waits(request):
         yield b"first"
         await insert(db, "lost")
-        yield b"never"
+        async for piece in _until_the_client_has_left(request, framework):
+            yield piece
 
     async def brief():
         await insert(db, "good")
         yield b"only"
 
     async def handler(request):
-        return Answer(200, stream=waits() if request.path == "/waits" else brief())
+        return Answer(200, stream=waits(request) if request.path == "/waits" else brief())
 
     service = await serve(Route("/", handler), Route("/waits", handler))
     async with ledger.lock("items"):
@@ -1112,238 +1113,10 @@ async def _native(app: Any, framework: Any, stack: Any) -> AsyncIterator[Service
         await service.stop()
 
 
-def _asgi_file(db: Any, path: Path, work: Any) -> Any:
-    from context_sqla_asgi import setup
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            for kind in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{kind}.complete"})
-            return
-        await work()
-        length = str(path.stat().st_size).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
-        if "http.response.pathsend" in scope.get("extensions", {}):
-            await send({"type": "http.response.pathsend", "path": str(path)})
-        else:
-            await send({"type": "http.response.body", "body": path.read_bytes()})
-
-    return setup(app, db)
-
-
-def _starlette_file(db: Any, path: Path, work: Any) -> Any:
-    from context_sqla_starlette import setup
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import FileResponse, Response
-    from starlette.routing import Route as StarletteRoute
-
-    async def endpoint(request: Request) -> Response:
-        await work()
-        return FileResponse(path)
-
-    app = Starlette(routes=[StarletteRoute("/", endpoint)])
-    setup(app, db)
-    return app
-
-
-def _fastapi_file(db: Any, path: Path, work: Any) -> Any:
-    from context_sqla_fastapi import setup
-    from fastapi import FastAPI
-    from fastapi.responses import FileResponse
-
-    app = FastAPI()
-
-    @app.get("/", response_class=FileResponse)
-    async def endpoint() -> Path:
-        await work()
-        return path
-
-    setup(app, db)
-    return app
-
-
-def _litestar_file(db: Any, path: Path, work: Any) -> Any:
-    from context_sqla_litestar import ContextSQLAPlugin
-    from litestar import Litestar, get
-    from litestar.response import File
-
-    @get("/")
-    async def endpoint() -> File:
-        await work()
-        return File(path)
-
-    return Litestar([endpoint], plugins=[ContextSQLAPlugin(db)], openapi_config=None)
-
-
-def _quart_file(db: Any, path: Path, work: Any) -> Any:
-    from context_sqla_quart import setup
-    from quart import Quart, Response, send_file
-
-    app = Quart(__name__)
-
-    @app.get("/")
-    async def view() -> Response:
-        await work()
-        return await send_file(path)
-
-    setup(app, db)
-    return app
-
-
-def _aiohttp_file(db: Any, path: Path, work: Any) -> Any:
-    from aiohttp import web
-    from context_sqla_aiohttp import setup
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        await work()
-        return web.FileResponse(path)
-
-    app = web.Application()
-    app.router.add_get("/", handler)
-    setup(app, db)
-    return app
-
-
-class _Unfinished:
-    """A response that sends a piece and returns as if it were done: an ASGI application that forgets its last message."""
-
-    def __init__(self, write: Any) -> None:
-        self.write = write
-        self.background = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await self.write("body")
-        await send({"type": "http.response.body", "body": b"first", "more_body": True})
-
-
-def _asgi_unfinished(db: Any, write: Any) -> Any:
-    from context_sqla_asgi import setup
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            for kind in ("startup", "shutdown"):
-                await receive()
-                await send({"type": f"lifespan.{kind}.complete"})
-            return
-        await write("handler")
-        await _Unfinished(write)(scope, receive, send)
-
-    return setup(app, db)
-
-
-def _starlette_unfinished(db: Any, write: Any) -> Any:
-    from context_sqla_starlette import setup
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.routing import Route as StarletteRoute
-
-    async def endpoint(request: Request) -> Any:
-        await write("handler")
-        return _Unfinished(write)
-
-    app = Starlette(routes=[StarletteRoute("/", endpoint)])
-    setup(app, db)
-    return app
-
-
-def _fastapi_unfinished(db: Any, write: Any) -> Any:
-    from context_sqla_fastapi import setup
-    from fastapi import FastAPI
-    from fastapi.responses import Response
-
-    class Unfinished(_Unfinished, Response):
-        pass
-
-    app = FastAPI()
-
-    @app.get("/", response_class=Unfinished)
-    async def endpoint() -> Any:
-        await write("handler")
-        return Unfinished(write)
-
-    setup(app, db)
-    return app
-
-
-def _litestar_unfinished(db: Any, write: Any) -> Any:
-    from context_sqla_litestar import ContextSQLAPlugin
-    from litestar import Litestar, Response, get
-
-    class Unfinished(Response[None]):
-        def to_asgi_response(self, *args: Any, **kwargs: Any) -> Any:
-            return _Unfinished(write)
-
-    @get("/")
-    async def endpoint() -> Response[None]:
-        await write("handler")
-        return Unfinished(None)
-
-    return Litestar([endpoint], plugins=[ContextSQLAPlugin(db)], openapi_config=None)
-
-
-def _quart_unfinished(db: Any, write: Any) -> Any:
-    from context_sqla_quart import setup
-    from quart import Quart, Response
-
-    app = Quart(__name__)
-
-    async def body() -> AsyncIterator[bytes]:
-        await write("body")
-        yield b"first"
-        await asyncio.Event().wait()
-
-    @app.get("/")
-    async def view() -> Response:
-        await write("handler")
-        response = Response(body())
-        response.timeout = 0.05  # Quart ends the response then, without an error
-        return response
-
-    setup(app, db)
-    return app
-
-
-def _aiohttp_unfinished(db: Any, write: Any) -> Any:
-    from aiohttp import web
-    from context_sqla_aiohttp import setup
-
-    class Unfinished(web.StreamResponse):
-        async def prepare(self, request: Any) -> Any:
-            writer = await super().prepare(request)
-            await write("body")
-            await self.write(b"first")
-            return writer
-
-        async def write_eof(self, data: Any = b"") -> None:
-            pass
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        await write("handler")
-        return Unfinished()
-
-    app = web.Application()
-    app.router.add_get("/", handler)
-    setup(app, db)
-    return app
-
-
-_UNFINISHED = {
-    "asgi": _asgi_unfinished,
-    "starlette": _starlette_unfinished,
-    "fastapi": _fastapi_unfinished,
-    "litestar": _litestar_unfinished,
-    "quart": _quart_unfinished,
-    "aiohttp": _aiohttp_unfinished,
-}
-
-
 @pytest.mark.wire
 async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, framework, stack):
     """An application that returns without an error and without its last piece has its body rolled back (P5)."""
-    app = _UNFINISHED[stack.framework](db, lambda name: insert(db, name))
+    app = framework.driver().unfinished(lambda name: insert(db, name), db)
 
     async with _native(app, framework, stack) as service, service.connect() as connection:
         await connection.send("GET", "/")
@@ -1355,54 +1128,6 @@ async def test_body_without_its_last_piece_is_rolled_back(db, bench, ledger, fra
     assert await ledger.names() == ["handler"]
 
 
-def _sanic_file(db, path, work):
-    from sanic.response import file_stream
-
-    app = _sanic()
-
-    @app.get("/")
-    async def handler(request):
-        await work()
-        return await file_stream(path)
-
-    return app
-
-
-def _sanic_unfinished(db, work):
-    """Sanic itself adds the last piece, unless the handler fails."""
-    app = _sanic()
-
-    @app.get("/")
-    async def handler(request):
-        await work("handler")
-        response = await request.respond(content_type="text/plain")
-        await response.send("one")
-        await work("body")
-        raise ZeroDivisionError
-
-    return app
-
-
-def _sanic():
-    from support.scenario import Application
-
-    from contract.drivers.sanic import build
-
-    return build(Application([]))
-
-
-_FILES = {
-    "asgi": _asgi_file,
-    "starlette": _starlette_file,
-    "fastapi": _fastapi_file,
-    "litestar": _litestar_file,
-    "quart": _quart_file,
-    "aiohttp": _aiohttp_file,
-    "sanic": _sanic_file,
-}
-_UNFINISHED["sanic"] = _sanic_unfinished
-
-
 @pytest.mark.wire
 async def test_file_response_commits_before_its_head(db, bench, ledger, framework, stack, tmp_path):
     """A file that the framework sends in its own way commits before the head, and holds no connection (P5)."""
@@ -1412,7 +1137,7 @@ async def test_file_response_commits_before_its_head(db, bench, ledger, framewor
     async def work():
         await insert(db, "a")
 
-    async with _native(_FILES[stack.framework](db, path, work), framework, stack) as service, service.connect() as connection:
+    async with _native(framework.driver().file(path, work, db), framework, stack) as service, service.connect() as connection:
         await connection.send("GET", "/")
         head = await connection.head()
         seen = (await ledger.names(), bench.databases.checked_out())
@@ -1433,7 +1158,7 @@ async def test_failed_commit_sends_no_file(db, ledger, framework, stack, tmp_pat
     async def work():
         await insert_orphan(db)
 
-    async with _native(_FILES[stack.framework](db, path, work), framework, stack) as service:
+    async with _native(framework.driver().file(path, work, db), framework, stack) as service:
         answer = await service.get()
 
     assert answer.status == 500

@@ -218,140 +218,30 @@ async def call_asgi(app, method, target) -> int:
 # The same request, twice
 
 
-class Between:
-    """Middleware of nobody's kind that stands between the two: it writes as well."""
-
-    def __init__(self, app, write):
-        self.app = app
-        self.write = write
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "http":
-            await self.write()
-        await self.app(scope, receive, send)
-
-
-def between_aiohttp(write):
-    """The same for aiohttp."""
-    from aiohttp import web
-
-    @web.middleware
-    async def run(request, handler):
-        await write()
-        return await handler(request)
-
-    return run
-
-
 def _wrapped(framework, handler, write):
     """The bare middleware around an application that is set up."""
     if framework.module == "aiohttp":
         from context_sqla_aiohttp import db_session_middleware
 
         app = framework.driver().build(Application([Route("/", handler)], setup_first=True))
-        app.middlewares.insert(0, between_aiohttp(write))
+        app.middlewares.insert(0, framework.driver().between(write))
         app.middlewares.insert(0, db_session_middleware)
         return app
     from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+
+    from contract.drivers.asgi import Between
 
     return ASGIHTTPDBSessionMiddleware(Between(framework.driver().build(Application([Route("/", handler)])), write))
 
 
 def _own_class(framework, handler, write):
     """The framework's own middleware class, added twice, and no setup."""
-    if framework.module == "aiohttp":
-        from aiohttp import web
-        from context_sqla_aiohttp import DBSessionMiddleware, db_session_middleware
-
-        from contract.drivers.aiohttp import endpoint as aiohttp_endpoint
-
-        app = web.Application(middlewares=[db_session_middleware, between_aiohttp(write), DBSessionMiddleware()])
-        app.router.add_post("/", aiohttp_endpoint(handler))
-        return app
-    from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
-
-    if framework.module == "asgi":
-        plain = framework.driver().build(Application([Route("/", handler)])).app
-        return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(plain), write))
-    if framework.module == "litestar":  # which has no class of its own: its middleware is ASGI middleware
-        from litestar import Litestar
-        from litestar.middleware import DefineMiddleware
-
-        from contract.drivers.litestar import mount
-
-        between = DefineMiddleware(Between, write=write)
-        middleware = [ASGIHTTPDBSessionMiddleware, between, ASGIHTTPDBSessionMiddleware]
-        return Litestar([mount(Route("/", handler))], middleware=middleware, openapi_config=None)
-    if framework.module == "quart":
-        app = framework.driver().build(Application([Route("/", handler)]))  # an application has one extension
-        app.asgi_app = ASGIHTTPDBSessionMiddleware(Between(app.asgi_app, write))
-        return app
-    from contract.drivers.starlette import endpoint
-
-    if framework.module == "starlette":
-        from context_sqla_starlette import add_starlette_http_db_session_middleware as add_middleware
-        from starlette.applications import Starlette
-        from starlette.routing import Route as StarletteRoute
-
-        app = Starlette(routes=[StarletteRoute("/", endpoint(handler), methods=["POST"])])
-    else:
-        from context_sqla_fastapi import add_fastapi_http_db_session_middleware as add_middleware
-        from fastapi import FastAPI
-
-        app = FastAPI()
-        app.add_api_route("/", endpoint(handler), methods=["POST"], response_model=None)
-    add_middleware(app)
-    app.add_middleware(Between, write=write)
-    add_middleware(app)
-    return app
+    return framework.driver().twice(handler, write)
 
 
 def _mounted(framework, handler, write):
     """An application inside another, both set up."""
-    if framework.module == "aiohttp":
-        from aiohttp import web
-        from context_sqla_aiohttp import setup
-
-        outer = web.Application(middlewares=[between_aiohttp(write)])
-        setup(outer)
-        outer.add_domain("localhost", framework.driver().build(Application([Route("/", handler)])))
-        return outer
-    inner = Between(framework.driver().build(Application([Route("/", handler)])), write)
-    if framework.module == "asgi":
-        from context_sqla_asgi import setup as setup_asgi
-
-        return setup_asgi(inner)
-    if framework.module == "litestar":
-        from context_sqla_litestar import ContextSQLAPlugin
-        from litestar import Litestar, asgi
-        from litestar.types import Receive, Scope, Send
-
-        @asgi("/", is_mount=True, copy_scope=True)
-        async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
-            await inner(scope, receive, send)
-
-        return Litestar([mounted], plugins=[ContextSQLAPlugin()], openapi_config=None)
-    if framework.module == "quart":
-        from context_sqla_quart import setup
-        from quart import Quart
-
-        app = Quart(__name__)
-        app.asgi_app = inner
-        setup(app)
-        return app
-    if framework.module == "starlette":
-        from context_sqla_starlette import setup
-        from starlette.applications import Starlette
-
-        outer = Starlette()
-    else:
-        from context_sqla_fastapi import setup
-        from fastapi import FastAPI
-
-        outer = FastAPI()
-    outer.mount("/", inner)
-    setup(outer)
-    return outer
+    return framework.driver().mounted(handler, write)
 
 
 @pytest.mark.parametrize("make", [_wrapped, _own_class, _mounted])

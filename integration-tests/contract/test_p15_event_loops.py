@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -488,7 +487,7 @@ async def test_requests_on_both_kinds_of_loop(serve, db, ledger):
     assert await ledger.names() == list("abcdefgh")
 
 
-async def test_client_with_a_loop_per_call(serve, build, db, ledger, stack):
+async def test_client_with_a_loop_per_call(serve, build, db, ledger, framework):
     """The framework's own test client, which makes a loop for every call, works beside a real server (P15)."""
 
     async def handler(request):
@@ -498,8 +497,9 @@ async def test_client_with_a_loop_per_call(serve, build, db, ledger, stack):
     service = await serve(handler)
     statuses = [(await service.post("/?name=a")).status]
     # An application of aiohttp belongs to one loop: each loop has one, and all of them the connect.
-    apps = [build(handler, connects=()) if stack.framework == "aiohttp" else service.app for _ in "bc"]
-    statuses += await asyncio.to_thread(_call_each_in_a_loop, apps, stack.framework, ["/?name=b", "/?name=c"])
+    apps = [build(handler, connects=()) if framework.module == "aiohttp" else service.app for _ in "bc"]
+    for app, name in zip(apps, "bc", strict=True):
+        statuses.append(await asyncio.to_thread(framework.driver().post, app, f"/?name={name}"))
     statuses.append((await service.post("/?name=d")).status)
     gc.collect()
 
@@ -510,50 +510,6 @@ async def test_client_with_a_loop_per_call(serve, build, db, ledger, stack):
 
     assert statuses == [201] * 4
     assert await ledger.names() == ["a", "b", "c", "d"]
-
-
-def _call_each_in_a_loop(apps, framework, urls):
-    if framework == "sanic":
-        from contract.drivers.sanic import asgi
-
-        apps = [asgi(app) for app in apps]
-    if call := {"aiohttp": _call_aiohttp, "asgi": _call, "quart": _call_quart, "sanic": _call}.get(framework):
-        return [asyncio.run(call(app, url)) for app, url in zip(apps, urls, strict=True)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for another HTTP client
-        if framework == "litestar":
-            from litestar.testing import TestClient
-        else:
-            from starlette.testclient import TestClient
-
-    # No `with`: every call has a loop of its own.
-    return [TestClient(app).post(url).status_code for app, url in zip(apps, urls, strict=True)]
-
-
-async def _call_aiohttp(app, url):
-    from aiohttp.test_utils import TestClient, TestServer
-
-    async with TestClient(TestServer(app)) as client:
-        return (await client.post(url)).status
-
-
-async def _call_quart(app, url):
-    return (await app.test_client().post(url)).status_code
-
-
-async def _call(app, url):
-    path, _, query = url.partition("?")
-    sent = []
-
-    async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode(), "headers": [], "http_version": "1.1"}
-    await app(scope, receive, send)
-    return sent[0]["status"]
 
 
 async def test_first_use_by_many_tasks_makes_one_engine(db, bench):

@@ -10,20 +10,11 @@ from context_sqla import errors
 
 ROOT = Path(__file__).parents[2]
 PUBLIC_MODULES = [
-    "context_sqla",
+    *sorted(path.parent.name for path in ROOT.glob("packages/*/src/*/__init__.py")),
     "context_sqla.adapters",
     "context_sqla.errors",
     "context_sqla.testing",
-    "context_sqla_aiohttp",
-    "context_sqla_asgi",
-    "context_sqla_fastapi",
-    "context_sqla_hosts",
     "context_sqla_hosts.errors",
-    "context_sqla_litestar",
-    "context_sqla_pytest",
-    "context_sqla_quart",
-    "context_sqla_sanic",
-    "context_sqla_starlette",
 ]
 # The first word of a docstring says what happens, to the one who makes it happen.
 NOT_IMPERATIVE = re.compile(r"(A|An|Class|Function|Helper|It|Method|The|This|[A-Z][a-z]+(?<!s)s)\b")

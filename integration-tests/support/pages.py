@@ -21,7 +21,7 @@ from .databases import DRIVERS
 from .scenario import Feature
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/reference/support.md")
+PAGES = ("README.md", "docs/how-to/install.md", "docs/index.md", "docs/reference/support.md", "examples/README.md")
 
 _DIALECTS = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
 _PLACES = {
@@ -52,13 +52,39 @@ def promises() -> dict[str, str]:
 
 def _frameworks() -> str:
     """The frameworks, for who looks for theirs."""
-    rows = [
-        [_title(name), f"`{_distribution(name)}`", _range(name), f"[docs](docs/how-to/{name}.md)"]
-        for name in sorted(FRAMEWORKS, key=_by_popularity)
-    ]
+    rows = [[_title(name), f"`{_distribution(name)}`", _range(name), f"[docs](docs/how-to/{name}.md)"] for name in _popular()]
     rows.append(["tests, with pytest", "`context-sqla-pytest`", "", "[docs](docs/how-to/testing.md)"])
     rows.append(["none: scripts, workers, CLIs", "`context-sqla`", "", "[docs](docs/how-to/scripts-and-workers.md)"])
     return _table(["framework", "distribution", "versions tested", "how to"], rows)
+
+
+def _installs() -> str:
+    """What is installed and imported for each."""
+    rows = [
+        [_title(name), f"`pip install {_distribution(name)}`", f"`context_sqla`, `context_sqla_{name}`"] for name in _popular()
+    ]
+    rows.append(["tests, with pytest", "`pip install 'context-sqla-pytest[postgres]'`", "`context_sqla_pytest`"])
+    rows.append(["scripts, workers", "`pip install context-sqla`", "`context_sqla`"])
+    return _table(["for", "install", "import"], rows)
+
+
+def _links() -> str:
+    """The pages of the frameworks, in a sentence."""
+    names = ", ".join(f"[{_title(name).replace('Any', 'any')}](how-to/{name}.md)" for name in _popular())
+    return f"For {names}, and [without a framework](how-to/scripts-and-workers.md)."
+
+
+def _examples() -> str:
+    """The examples, and what they need."""
+    rows = [
+        [
+            f"[{name}]({name}/app.py)",
+            "none" if name == "asgi" else _title(name),
+            f"`pip install {_distribution(name)} aiosqlite {'uvicorn ' if 'uvicorn' in FRAMEWORKS[name].servers else ''}websockets`",
+        ]
+        for name in _popular()
+    ]
+    return _table(["folder", "framework", "needs"], rows)
 
 
 def _versions() -> str:
@@ -119,7 +145,10 @@ def _tools() -> str:
 
 _SECTIONS = {
     "databases": _databases,
+    "examples": _examples,
     "frameworks": _frameworks,
+    "installs": _installs,
+    "links": _links,
     "notes": _note_table,
     "processes": _processes,
     "promises": _promise_table,
@@ -234,10 +263,10 @@ def _range(name: str) -> str:
     return "ASGI 3"
 
 
-def _by_popularity(name: str) -> int:
+def _popular() -> list[str]:
     """FastAPI first, since most who come use it, and the way out last."""
     first = ["fastapi", "starlette"]
-    return first.index(name) if name in first else len(FRAMEWORKS) + 1 if name == "asgi" else len(first)
+    return [*first, *(name for name in FRAMEWORKS if name not in {*first, "asgi"}), "asgi"]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

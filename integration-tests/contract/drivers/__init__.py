@@ -1,11 +1,13 @@
 """The frameworks of the contract: a driver mounts an ``Application``, serves it, and asserts nothing."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from support.scenario import Application, Feature
+from context_sqla import DBConnect
+from support.scenario import Application, Feature, Handler
 from support.servers import Running, ServerOptions
 
 ASGI_SERVERS = ("uvicorn", "hypercorn", "granian")
@@ -21,6 +23,10 @@ SERVERS: Mapping[str, str] = {
 }
 
 
+Work = Callable[[], Awaitable[object]]
+Write = Callable[..., Awaitable[object]]
+
+
 class Driver(Protocol):
     """What a driver's module offers."""
 
@@ -29,6 +35,23 @@ class Driver(Protocol):
 
     async def start(self, app: Any, server: str, options: ServerOptions) -> Running:
         """Serve it on a loopback port."""
+
+    # What no scenario can describe, because each framework has its own way to it.
+
+    def file(self, path: Path, work: Work, connect: DBConnect[Any]) -> Any:
+        """Make an application whose GET / does the work and answers with the file, as the framework sends files."""
+
+    def unfinished(self, write: Write, connect: DBConnect[Any]) -> Any:
+        """Make an application whose GET / writes "handler", sends a piece, writes "body", and never sends its last piece."""
+
+    def twice(self, handler: Handler, write: Write) -> Any:
+        """Register the adapter's middleware twice around POST /, with something between the two that writes."""
+
+    def mounted(self, handler: Handler, write: Write) -> Any:
+        """Put POST / in an application that is set up inside another that is, with something between the two that writes."""
+
+    def post(self, app: Any, url: str) -> int:
+        """POST with the framework's own client, in a thread and in a loop of its own; return the status."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,16 @@ FRAMEWORKS: Mapping[str, Framework] = {
             Feature.BACKGROUND_AFTER_STREAM: "a stream may wait for what its background work makes: both begin after the commit",
             Feature.GZIP: "Quart has no compression of its own",
             Feature.HANDLER_RUNS_ON: "Quart cancels the handler of a client that has left, under every server: it is rolled back",
+        },
+    ),
+    "falcon": Framework(
+        "falcon",
+        ASGI_SERVERS,
+        {
+            Feature.DISCONNECT: "Falcon does not listen to the server while it streams: only who writes learns that a client has left",
+            Feature.SYNC_HANDLERS: "Falcon takes only coroutine functions as responders of an ASGI application",
+            Feature.GZIP: "Falcon has no compression of its own",
+            Feature.BASE_HTTP: "no middleware of Falcon's stands around a responder",
         },
     ),
     "aiohttp": Framework(

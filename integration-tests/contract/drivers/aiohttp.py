@@ -3,12 +3,13 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aiohttp import WSMsgType, web
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import TestClient, TestServer
 from context_sqla import run_in_new_ctx
-from context_sqla_aiohttp import setup
+from context_sqla_aiohttp import DBSessionMiddleware, db_session_middleware, setup
 from support.scenario import (
     Answer,
     Application,
@@ -263,3 +264,76 @@ class _Socket:
     async def close(self) -> None:
         if self.response.prepared:
             await self.response.close()
+
+
+def file(path: Path, work: Any, connect: Any) -> web.Application:
+    """Make an application that does the work and answers with a ``FileResponse``."""
+
+    async def run(request: web.Request) -> web.StreamResponse:
+        await work()
+        return web.FileResponse(path)
+
+    app = web.Application()
+    app.router.add_get("/", run)
+    setup(app, connect)
+    return app
+
+
+def unfinished(write: Any, connect: Any) -> web.Application:
+    """Make an application whose response does not write its end."""
+
+    class Unfinished(web.StreamResponse):
+        async def prepare(self, request: Any) -> Any:
+            writer = await super().prepare(request)
+            await write("body")
+            await self.write(b"first")
+            return writer
+
+        async def write_eof(self, data: Any = b"") -> None:
+            pass
+
+    async def run(request: web.Request) -> web.StreamResponse:
+        await write("handler")
+        return Unfinished()
+
+    app = web.Application()
+    app.router.add_get("/", run)
+    setup(app, connect)
+    return app
+
+
+def between(write: Any) -> Any:
+    """Make middleware that writes."""
+
+    @web.middleware
+    async def run(request: web.Request, handler: Any) -> web.StreamResponse:
+        await write()
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    return run
+
+
+def twice(handler: Handler, write: Any) -> web.Application:
+    """Add the middleware twice, in both of its forms, and no ``setup``."""
+    app = web.Application(middlewares=[db_session_middleware, between(write), DBSessionMiddleware()])
+    app.router.add_post("/", endpoint(handler))
+    return app
+
+
+def mounted(handler: Handler, write: Any) -> web.Application:
+    """Add an application to another, as that of a domain."""
+    outer = web.Application(middlewares=[between(write)])
+    setup(outer)
+    outer.add_domain("localhost", build(Application([Route("/", handler)])))
+    return outer
+
+
+def post(app: web.Application, url: str) -> int:
+    """Make a request with aiohttp's client, in a loop of its own."""
+
+    async def call() -> int:
+        async with TestClient(TestServer(app)) as client:
+            return (await client.post(url)).status
+
+    return asyncio.run(call())

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from context_sqla_asgi import setup
+from context_sqla_asgi import ASGIHTTPDBSessionMiddleware, setup
 from support import servers
-from support.scenario import Answer, Application, Exchange, Fail, Gate, Redirect, Result, Route, SocketGone, SocketRoute
+from support.scenario import Answer, Application, Exchange, Fail, Gate, Handler, Redirect, Result, Route, SocketGone, SocketRoute
 from support.servers import ASGIApp, Running, ServerOptions
 
 
@@ -174,3 +175,95 @@ class _Socket:
 
     async def close(self) -> None:
         await self._send({"type": "websocket.close", "code": 1000})
+
+
+def file(path: Path, work: Any, connect: Any) -> Any:
+    """Make an application that does the work and sends a file in the server's own way, where it has one."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _no_lifespan(receive, send)
+            return
+        await work()
+        length = str(path.stat().st_size).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        if "http.response.pathsend" in scope.get("extensions", {}):
+            await send({"type": "http.response.pathsend", "path": str(path)})
+        else:
+            await send({"type": "http.response.body", "body": path.read_bytes()})
+
+    return setup(app, connect)
+
+
+def unfinished(write: Any, connect: Any) -> Any:
+    """Make an application that forgets its last message."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _no_lifespan(receive, send)
+            return
+        await write("handler")
+        await Unfinished(write)(scope, receive, send)
+
+    return setup(app, connect)
+
+
+async def _no_lifespan(receive: Any, send: Any) -> None:
+    for kind in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{kind}.complete"})
+
+
+class Unfinished:
+    """A response that sends a piece and returns as if it were done: an ASGI application that forgets its last message."""
+
+    def __init__(self, write: Any) -> None:
+        self.write = write
+        self.background = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Write and send a piece."""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await self.write("body")
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+
+
+def twice(handler: Handler, write: Any) -> Any:
+    """Put the middleware around the application twice."""
+    plain = build(Application([Route("/", handler)])).app  # type: ignore[attr-defined]
+    return ASGIHTTPDBSessionMiddleware(Between(ASGIHTTPDBSessionMiddleware(plain), write))
+
+
+def mounted(handler: Handler, write: Any) -> Any:
+    """Set an application up that is set up already."""
+    return setup(Between(build(Application([Route("/", handler)])), write))
+
+
+class Between:
+    """Middleware of nobody's kind that stands between the two: it writes as well."""
+
+    def __init__(self, app: ASGIApp, write: Any) -> None:
+        self.app = app
+        self.write = write
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Write first."""
+        if scope["type"] == "http":
+            await self.write()
+        await self.app(scope, receive, send)
+
+
+def post(app: ASGIApp, url: str) -> int:
+    """Make a request in a loop of its own, without any client."""
+    path, _, query = url.partition("?")
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode(), "headers": [], "http_version": "1.1"}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    return int(sent[0]["status"])

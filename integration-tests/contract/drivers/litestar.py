@@ -2,18 +2,22 @@
 
 import inspect
 import re
+import warnings
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
 from context_sqla_litestar import ContextSQLAPlugin, setup
-from litestar import Litestar, MediaType, Request, Response, WebSocket, route, websocket
+from litestar import Litestar, MediaType, Request, Response, WebSocket, asgi, get, route, websocket
 from litestar.background_tasks import BackgroundTask, BackgroundTasks
 from litestar.config.app import AppConfig
 from litestar.config.compression import CompressionConfig
 from litestar.config.cors import CORSConfig
 from litestar.exceptions import HTTPException, WebSocketDisconnect
+from litestar.middleware import DefineMiddleware
+from litestar.response import File, Stream
 from litestar.response import Redirect as RedirectResponse
-from litestar.response import Stream
 from litestar.types import ASGIApp, Receive, Scope, Send
 from support import servers
 from support.scenario import (
@@ -24,6 +28,7 @@ from support.scenario import (
     Fail,
     Feature,
     Gate,
+    Handler,
     Middleware,
     Redirect,
     Result,
@@ -32,6 +37,8 @@ from support.scenario import (
     SocketRoute,
 )
 from support.servers import Running, ServerOptions
+
+from .asgi import Between, Unfinished
 
 
 def build(application: Application) -> Litestar:
@@ -185,3 +192,54 @@ class _Socket:
 
     async def close(self) -> None:
         await self.native.close()
+
+
+def file(path: Path, work: Any, connect: Any) -> Litestar:
+    """Make an application that does the work and answers with a ``File``."""
+
+    @get("/")
+    async def run() -> File:
+        await work()
+        return File(path)
+
+    return Litestar([run], plugins=[ContextSQLAPlugin(connect)], openapi_config=None)
+
+
+def unfinished(write: Any, connect: Any) -> Litestar:
+    """Make an application whose response forgets its last message."""
+
+    class Forgetful(Response[None]):
+        def to_asgi_response(self, *args: Any, **kwargs: Any) -> Any:
+            return Unfinished(write)
+
+    @get("/")
+    async def run() -> Response[None]:
+        await write("handler")
+        return Forgetful(None)
+
+    return Litestar([run], plugins=[ContextSQLAPlugin(connect)], openapi_config=None)
+
+
+def twice(handler: Handler, write: Any) -> Litestar:
+    """Add ASGI middleware twice: Litestar's adapter has no middleware class of its own."""
+    middleware: Any = [ASGIHTTPDBSessionMiddleware, DefineMiddleware(Between, write=write), ASGIHTTPDBSessionMiddleware]
+    return Litestar([mount(Route("/", handler))], middleware=middleware, openapi_config=None)
+
+
+def mounted(handler: Handler, write: Any) -> Litestar:
+    """Mount an application in another."""
+    inner: Any = Between(build(Application([Route("/", handler)])), write)
+
+    @asgi("/", is_mount=True, copy_scope=True)
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner(scope, receive, send)
+
+    return Litestar([run], plugins=[ContextSQLAPlugin()], openapi_config=None)
+
+
+def post(app: Litestar, url: str) -> int:
+    """Make a request with Litestar's client, which has a loop of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for another HTTP client
+        from litestar.testing import TestClient
+    return TestClient(app).post(url).status_code  # no `with`: every call has a loop of its own

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import inspect
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
 from context_sqla_quart import setup
-from quart import Quart, Request, Response, abort, current_app, redirect, request, websocket
+from quart import Quart, Request, Response, abort, current_app, redirect, request, send_file, websocket
 from quart.typing import ResponseTypes
 from support import servers
 from support.scenario import (
@@ -27,6 +29,8 @@ from support.scenario import (
     SocketHandler,
 )
 from support.servers import Running, ServerOptions
+
+from .asgi import Between
 
 
 def build(application: Application) -> Quart:
@@ -174,3 +178,60 @@ class _Socket:
 
     async def close(self) -> None:
         await websocket.close(1000)
+
+
+def file(path: Path, work: Any, connect: Any) -> Quart:
+    """Make an application that does the work and answers with ``send_file``."""
+    app = Quart(__name__)
+
+    @app.get("/")
+    async def view() -> Response:
+        await work()
+        return await send_file(path)
+
+    setup(app, connect)
+    return app
+
+
+def unfinished(write: Any, connect: Any) -> Quart:
+    """Make an application whose response Quart ends for its timeout, without an error."""
+    app = Quart(__name__)
+
+    async def body() -> AsyncIterator[bytes]:
+        await write("body")
+        yield b"first"
+        await asyncio.Event().wait()
+
+    @app.get("/")
+    async def view() -> Response:
+        await write("handler")
+        response = Response(body())
+        response.timeout = 0.05
+        return response
+
+    setup(app, connect)
+    return app
+
+
+def twice(handler: Handler, write: Any) -> Quart:
+    """Put ASGI middleware around an application that is set up: it has one extension."""
+    app = build(Application([Route("/", handler)]))
+    app.asgi_app = ASGIHTTPDBSessionMiddleware(Between(app.asgi_app, write))  # type: ignore[method-assign]
+    return app
+
+
+def mounted(handler: Handler, write: Any) -> Quart:
+    """Set an application up whose ASGI part is another one."""
+    app = Quart(__name__)
+    app.asgi_app = Between(build(Application([Route("/", handler)])), write)  # type: ignore[method-assign, assignment, arg-type]
+    setup(app)
+    return app
+
+
+def post(app: Quart, url: str) -> int:
+    """Make a request with Quart's client, in a loop of its own."""
+
+    async def call() -> int:
+        return (await app.test_client().post(url)).status_code
+
+    return asyncio.run(call())

@@ -21,7 +21,7 @@ from sanic.application.constants import ServerStage
 from sanic.application.state import ApplicationServerInfo
 from sanic.exceptions import SanicException, WebsocketClosed
 from sanic.mixins import startup
-from sanic.response import BaseHTTPResponse
+from sanic.response import BaseHTTPResponse, file_stream
 from sanic.worker.manager import WorkerManager
 from support import servers
 from support.deadline import DEADLINE, until
@@ -421,3 +421,37 @@ class _Socket:
 
     async def close(self) -> None:
         await self.native.close()
+
+
+def file(path: Path, work: Any, connect: Any) -> "Sanic[Any, Any]":
+    """Make an application that does the work and answers with ``file_stream``."""
+    app = build(Application([]))
+
+    @app.get("/")
+    async def run(request: Request) -> Any:
+        await work()
+        return await file_stream(path)
+
+    return app
+
+
+def unfinished(write: Any, connect: Any) -> "Sanic[Any, Any]":
+    """Make an application that fails in the middle of its response: Sanic itself adds the last piece otherwise."""
+    app = build(Application([]))
+
+    @app.get("/")
+    async def run(request: Request) -> None:
+        await write("handler")
+        response: Any = await request.respond(content_type="text/plain")
+        await response.send("one")
+        await write("body")
+        raise ZeroDivisionError
+
+    return app
+
+
+def post(app: "Sanic[Any, Any]", url: str) -> int:
+    """Make a request of ASGI's kind, in a loop of its own."""
+    from .asgi import post
+
+    return post(asgi(app), url)

@@ -2,10 +2,12 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from context_sqla_starlette import setup
+from context_sqla_starlette import add_starlette_http_db_session_middleware, setup
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.exceptions import HTTPException
@@ -13,7 +15,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -35,6 +37,8 @@ from support.scenario import (
     SocketHandler,
 )
 from support.servers import Running, ServerOptions
+
+from .asgi import Between, Unfinished
 
 Setup = Callable[..., object]
 
@@ -191,3 +195,52 @@ _MIDDLEWARE: Mapping[Feature, tuple[Any, Mapping[str, Any]]] = {
     Feature.CORS: (CORSMiddleware, {"allow_origins": ["*"]}),
     Feature.BASE_HTTP: (BaseHTTPMiddleware, {"dispatch": _pass_through}),
 }
+
+
+def file(path: Path, work: Any, connect: Any) -> Starlette:
+    """Make an application that does the work and answers with a ``FileResponse``."""
+
+    async def run(request: Request) -> Response:
+        await work()
+        return FileResponse(path)
+
+    app = Starlette(routes=[StarletteRoute("/", run)])
+    setup(app, connect)
+    return app
+
+
+def unfinished(write: Any, connect: Any) -> Starlette:
+    """Make an application whose response forgets its last message."""
+
+    async def run(request: Request) -> Any:
+        await write("handler")
+        return Unfinished(write)
+
+    app = Starlette(routes=[StarletteRoute("/", run)])
+    setup(app, connect)
+    return app
+
+
+def twice(handler: Handler, write: Any) -> Starlette:
+    """Add the middleware class twice, and no ``setup``."""
+    app = Starlette(routes=[StarletteRoute("/", endpoint(handler), methods=["POST"])])
+    add_starlette_http_db_session_middleware(app)
+    app.add_middleware(Between, write=write)
+    add_starlette_http_db_session_middleware(app)
+    return app
+
+
+def mounted(handler: Handler, write: Any) -> Starlette:
+    """Mount an application in another."""
+    outer = Starlette()
+    outer.mount("/", Between(build(Application([Route("/", handler)])), write))
+    setup(outer)
+    return outer
+
+
+def post(app: ASGIApp, url: str) -> int:
+    """Make a request with Starlette's client, which has a loop of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for another HTTP client
+        from starlette.testclient import TestClient
+    return TestClient(app).post(url).status_code  # no `with`: every call has a loop of its own
