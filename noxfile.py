@@ -140,22 +140,20 @@ def support(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def build(session: nox.Session) -> None:
-    """Build wheels and sdists into dist/, and check what is in them and that each installs alone."""
+    """Build wheels and sdists into dist/, or take those in DIST, and check what is in them and that each installs alone."""
     install(session, "test", "boundaries")
-    session.run("uv", "build", "--quiet", "--clear", "--all-packages", "--out-dir", "dist")
-    session.env["DIST"] = str(Path("dist").resolve())
+    dist = built(session)
+    session.env["DIST"] = str(dist.resolve())
     session.run("pytest", f"{PACKAGING}/test_wheels.py", ALONE, *session.posargs)
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
 def installs(session: nox.Session) -> None:
-    """Install each wheel of dist/ alone and use it, newest and on the lowest Python lowest versions too; ends with a table."""
+    """Install each wheel alone, in newest and (on the lowest Python) lowest versions, and use it; DIST names those to take."""
     install(session, "boundaries")
-    dist = os.environ.get("DIST", "dist")
-    if not list(Path(dist).glob("*.whl")):
-        session.run("uv", "build", "--quiet", "--clear", "--all-packages", "--out-dir", dist)
+    dist = built(session)
     only = [] if session.python == PYTHONS[0] else ["--only=newest"]  # for a newer Python, old releases have no wheels
-    session.run("python", f"{PACKAGING}/installs.py", dist, *only, *session.posargs)
+    session.run("python", f"{PACKAGING}/installs.py", str(dist), *only, *session.posargs)
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
@@ -263,7 +261,7 @@ def newest(session: nox.Session, framework: str) -> None:
     run_contract(session, framework, "released")
 
 
-@nox.session(tags=["next"])
+@nox.session(tags=["prereleases"])
 @each_framework
 def prerelease(session: nox.Session, framework: str) -> None:
     """Run the promises on alphas, betas and candidates of everything; a failure is news, and holds nobody up."""
@@ -300,6 +298,14 @@ def demo(session: nox.Session) -> None:
     chosen, others = parser.parse_known_args(session.posargs)
     install(session, "demo", packages=FRAMEWORKS[chosen.framework])
     session.run("python", f"examples/{chosen.framework}/app.py", *others)
+
+
+def built(session: nox.Session) -> Path:
+    """Return the folder with the distributions: the one that DIST names, or dist/, newly built."""
+    if given := os.environ.get("DIST"):
+        return Path(given)
+    session.run("uv", "build", "--quiet", "--clear", "--all-packages", "--out-dir", "dist")
+    return Path("dist")
 
 
 def run_unit_tests(session: nox.Session, *others: str) -> None:
