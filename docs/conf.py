@@ -37,6 +37,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
+suppress_warnings = ["ref.python"]  # `Rule` is the same type in every adapter; a link leads to one of them
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
