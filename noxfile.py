@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 import nox
 
@@ -22,6 +23,7 @@ nox.options.sessions = ["tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+NEXT_PYTHON = "3.15"  # may fail
 # By name: a folder of packages/ is a distribution, and one that has a driver in the contract is the adapter of a framework.
 PROJECTS = {path.parent.name: nox.project.load_toml(path)["project"] for path in Path("packages").glob("*/pyproject.toml")}
 PACKAGES = sorted(PROJECTS)
@@ -43,6 +45,7 @@ PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
 HOSTS = "integration-tests/hosts"
 RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
+Versions = Literal["locked", "lowest", "newest", "prerelease"]
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
 
 each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[name]) for name in FRAMEWORKS])
@@ -60,7 +63,7 @@ with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or som
 def tests(session: nox.Session) -> None:
     """Run everything that a change must pass: the newcomer's command, and CI's."""
     shutil.rmtree(RESULTS, ignore_errors=True)
-    for name in ("lint", "types", "boundaries", "support", "build"):
+    for name in ("lint", "workflows", "types", "boundaries", "support", "build"):
         session.notify(name)
     for python in PYTHONS:
         session.notify(f"unit-{python}")
@@ -74,12 +77,28 @@ def tests(session: nox.Session) -> None:
     session.notify("results")
 
 
+@nox.session
+def quick(session: nox.Session) -> None:
+    """Run the tests of the core, of FastAPI's adapter and of its example, on SQLite: the first green test after a clone."""
+    install(session, "test", "demo", packages=FRAMEWORKS["fastapi"])
+    tests = [f"packages/{name}/tests" for name in FRAMEWORKS["fastapi"]]
+    session.run("pytest", *tests, "examples/fastapi", "--numprocesses=auto", *session.posargs)
+
+
 @nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
     """Check style and format with ruff; `nox -s lint -- --fix` mends what can be mended."""
     install(session, "lint")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+
+
+@nox.session(tags=["ci"])
+def workflows(session: nox.Session) -> None:
+    """Check GitHub's workflows with actionlint and zizmor, without asking GitHub."""
+    install(session, "workflows")
+    session.run("actionlint", "-shellcheck=", "-pyflakes=")  # what is installed beside it makes no difference
+    session.run("zizmor", "--offline", "--quiet", "--persona=pedantic", ".github", *session.posargs)
 
 
 @nox.session(tags=["ci"])
@@ -116,18 +135,42 @@ def support(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def build(session: nox.Session) -> None:
-    """Build wheels and sdists into dist/, and check what is in them and that each installs alone."""
+    """Build wheels and sdists into dist/, or take those in DIST, and check what is in them and that each installs alone."""
     install(session, "test", "boundaries")
-    session.run("uv", "build", "--quiet", "--clear", "--all-packages", "--out-dir", "dist")
-    session.env["DIST"] = str(Path("dist").resolve())
+    dist = built(session)
+    session.env["DIST"] = str(dist.resolve())
     session.run("pytest", f"{PACKAGING}/test_wheels.py", ALONE, *session.posargs)
+
+
+@nox.session(python=PYTHONS, tags=["ci"])
+def installs(session: nox.Session) -> None:
+    """Install each wheel alone, in newest and (on the lowest Python) lowest versions, and use it; DIST names those to take."""
+    install(session, "boundaries")
+    dist = built(session)
+    only = [] if session.python == PYTHONS[0] else ["--only=newest"]  # for a newer Python, old releases have no wheels
+    session.run("python", f"{PACKAGING}/installs.py", str(dist), *only, *session.posargs)
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
 def unit(session: nox.Session) -> None:
     """Run the unit tests of all packages but the pytest plugin's, on every Python that is installed."""
     install(session, "test", packages=PACKAGES)
-    session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES if name != PYTEST), *session.posargs)
+    run_unit_tests(session)
+
+
+@nox.session(name="unit-next", python=NEXT_PYTHON, tags=["next"])
+def unit_next(session: nox.Session) -> None:
+    """Run the unit tests on the Python that is to come; a failure is news, and holds nobody up."""
+    install(session, "test", packages=PACKAGES)
+    run_unit_tests(session)
+
+
+@nox.session(tags=["platforms"])
+def sqlite(session: nox.Session) -> None:
+    """Run what needs no PostgreSQL, on every system: unit tests, examples, and every promise that SQLite can show."""
+    install(session, "test", "servers", "demo", packages=PACKAGES)
+    run_unit_tests(session, "examples")
+    session.run("pytest", "integration-tests/contract", "--database=aiosqlite", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session(tags=["ci"])
@@ -164,6 +207,7 @@ def examples(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation into build/docs, where warnings are errors, and check its links; `-- --open` shows it."""
     install(session, "docs", "demo", packages=PACKAGES)
+    session.run("towncrier", "build", "--draft", "--version=next", silent=True)
     site = Path("build", "docs").resolve()
     shutil.rmtree(site, ignore_errors=True)
     session.run("sphinx-build", "--quiet", "--fail-on-warning", "--keep-going", "-d", session.create_tmp(), "docs", str(site))
@@ -203,13 +247,27 @@ def contract_full(session: nox.Session, framework: str) -> None:
 @each_framework
 def lowest(session: nox.Session, framework: str) -> None:
     """Run the promises on the lowest versions that the packages declare."""
-    if session.venv_backend != "uv":
-        session.skip("only uv resolves to the lowest versions")
-    install(session, "test", "servers", packages=FRAMEWORKS[framework], lowest=True)
+    install(session, "test", "servers", packages=FRAMEWORKS[framework], versions="lowest")
     old = "-Wdefault::DeprecationWarning"  # old frameworks use what newer Pythons and pydantics deprecate
     run_contract(session, framework, "lowest", old)
     for server in MORE_SERVERS.get(framework, ()):
         run_contract(session, framework, f"{server}-lowest", old, f"--server={server}")
+
+
+@nox.session(tags=["nightly"])
+@each_framework
+def newest(session: nox.Session, framework: str) -> None:
+    """Run the promises on what was released by today, whatever uv.lock says."""
+    install(session, "test", "servers", packages=FRAMEWORKS[framework], versions="newest")
+    run_contract(session, framework, "released")
+
+
+@nox.session(tags=["prereleases"])
+@each_framework
+def prerelease(session: nox.Session, framework: str) -> None:
+    """Run the promises on alphas, betas and candidates of everything; a failure is news, and holds nobody up."""
+    install(session, "test", "servers", packages=FRAMEWORKS[framework], versions="prerelease")
+    run_contract(session, framework, "prerelease", "-Wdefault::DeprecationWarning")
 
 
 @nox.session(python=False)
@@ -243,6 +301,19 @@ def demo(session: nox.Session) -> None:
     session.run("python", f"examples/{chosen.framework}/app.py", *others)
 
 
+def built(session: nox.Session) -> Path:
+    """Return the folder with the distributions: the one that DIST names, or dist/, newly built."""
+    if given := os.environ.get("DIST"):
+        return Path(given)
+    session.run("uv", "build", "--quiet", "--clear", "--all-packages", "--out-dir", "dist")
+    return Path("dist")
+
+
+def run_unit_tests(session: nox.Session, *others: str) -> None:
+    """Run the unit tests of all packages but the pytest plugin's, and others."""
+    session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES if name != PYTEST), *others, *session.posargs)
+
+
 def run_contract(session: nox.Session, framework: str, kind: str, *options: str) -> None:
     """Run the contract on one framework, and keep what was seen unless only a part of it was asked for."""
     keep = [] if session.posargs else ["--support-table", f"--support-results={RESULTS / f'{framework}-{kind}.json'}"]
@@ -250,19 +321,33 @@ def run_contract(session: nox.Session, framework: str, kind: str, *options: str)
     session.run("pytest", "integration-tests/contract", *chosen)
 
 
-def install(session: nox.Session, *groups: str, packages: list[str] | None = None, lowest: bool = False) -> None:
+def install(session: nox.Session, *groups: str, packages: list[str] | None = None, versions: Versions = "locked") -> None:
     """Install groups of tools and packages of the workspace: editable, or the wheels in the folder that DIST names."""
     wanted = [*nox.project.dependency_groups(PYPROJECT, *groups)]
     for name in packages or []:
         if dist := os.environ.get("DIST"):
-            wanted += map(str, Path(dist).glob(f"{name.replace('-', '_')}-*.whl"))
+            wanted.append(_wheel(session, Path(dist), name))
         else:
             wanted += ["-e", f"packages/{name}"]
-    if lowest:
-        wanted.append("--resolution=lowest-direct")
-    elif session.venv_backend == "uv":
+    if session.venv_backend == "uv" and versions == "locked":
         wanted += ["--constraint", _locked_versions(session)]
+    elif versions != "locked":
+        if session.venv_backend != "uv":
+            session.skip("only uv resolves to other versions than pip's")
+        wanted += {
+            "lowest": ["--resolution=lowest-direct"],
+            "newest": ["--upgrade"],
+            "prerelease": ["--upgrade", "--prerelease=allow"],
+        }[versions]
     session.install(*wanted)
+
+
+def _wheel(session: nox.Session, dist: Path, name: str) -> str:
+    """Return the one wheel of a package, without which its sources would not be tested by anybody."""
+    found = list(dist.glob(f"{name.replace('-', '_')}-[0-9]*.whl"))
+    if len(found) != 1:
+        session.error(f"DIST={dist}: {len(found)} wheels of {name}")
+    return str(found[0])
 
 
 def _locked_versions(session: nox.Session) -> str:

@@ -25,6 +25,7 @@ version = release = tomllib.loads((ROOT / "packages/context-sqla/pyproject.toml"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["changelog.d"]
 highlight_language = "none"
+pygments_dark_style = "github-dark"  # the theme's own underlines modules, as if they were links
 myst_heading_anchors = 3
 
 add_module_names = False
@@ -36,10 +37,12 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
+suppress_warnings = ["ref.python"]  # `Rule` is the same type in every adapter; a link leads to one of them
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = "context-sqla"
+html_baseurl = "https://context-sqla.github.io/context-sqla/"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = True
@@ -70,6 +73,23 @@ _ALIASES = {
     "Callable[[AsyncSession], Awaitable[Any]]": "BeforeCommitCallback",
     "Callable[[int], bool]": "Rule",
 }
+# Names of others that docstrings and signatures have, and where they are explained. An inventory would have to be fetched.
+_ELSEWHERE = {
+    "https://docs.python.org/3/library/": {
+        "asyncio-exceptions.html": ["asyncio.CancelledError", "asyncio.TimeoutError"],
+        "asyncio-task.html": ["asyncio.TaskGroup", "asyncio.gather", "asyncio.Task"],
+        "exceptions.html": ["BaseException", "Exception", "KeyError", "RuntimeError", "TimeoutError", "TypeError", "ValueError"],
+    },
+    "https://docs.sqlalchemy.org/en/21/": {
+        "core/engines.html": ["sqlalchemy.engine.URL"],
+        "core/exceptions.html": ["sqlalchemy.exc.IntegrityError", "sqlalchemy.exc.InvalidRequestError"],
+        "orm/extensions/asyncio.html": [
+            f"sqlalchemy.ext.asyncio.{name}"
+            for name in ("AsyncConnection", "AsyncEngine", "AsyncSession", "async_sessionmaker", "create_async_engine")
+        ],
+    },
+}
+_LINKS = {name: f"{site}{page}#{name}" for site, pages in _ELSEWHERE.items() for page, names in pages.items() for name in names}
 _KINDS = {"added": "Added", "changed": "Changed", "deprecated": "Deprecated", "removed": "Removed", "fixed": "Fixed"}
 
 
@@ -124,11 +144,31 @@ def not_released() -> str:
 
 
 def name_types(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
-    """Let a signature say the names of types."""
+    """Let a signature say the names of types; a protocol's says nothing."""
+    if getattr(obj, "_is_protocol", False):
+        return "", None
     for long, short in _ALIASES.items():
-        signature = signature.replace(long, short) if signature else signature
-        returns = returns.replace(long, short) if returns else returns
+        # Names come with their modules, "~collections.abc.Callable", where Sphinx is to shorten them.
+        pattern = re.sub(r"\w+", r"~?(?:\\w+\\.)*\g<0>\\b", re.sub(r"[\[\]]", r"\\\g<0>", long))
+        signature = re.sub(pattern, short, signature) if signature else signature
+        returns = re.sub(pattern, short, returns) if returns else returns
     return signature, returns
+
+
+def hide_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, of which their class's docstring says more than "Alias for field number 0"."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def link_elsewhere(app: Sphinx, env: Any, node: Any, content: nodes.TextElement) -> nodes.reference | None:
+    """Link a name of Python's or SQLAlchemy's, by its full name or by the last part of it."""
+    target = node.get("reftarget", "")
+    names = [name for name in _LINKS if name == target or name.rsplit(".", 1)[-1] == target.rsplit(".", 1)[-1]]
+    if node.get("refdomain") != "py" or len(names) != 1:
+        return None
+    link = nodes.reference("", "", internal=False, refuri=_LINKS[names[0]], reftitle=names[0])
+    link.append(content)
+    return link
 
 
 def write_llms_txt(app: Sphinx, exception: Exception | None) -> None:
@@ -162,5 +202,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
     app.connect("autodoc-process-signature", name_types)
+    app.connect("autodoc-skip-member", hide_fields)
+    app.connect("missing-reference", link_elsewhere)
     app.connect("build-finished", write_llms_txt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if not isinstance(item, pytest.Function):
         return
     stack = item.callspec.params.get("stack") if hasattr(item, "callspec") else None
+    # A test for another database than the one that was asked for has no stack, and is skipped.
     if isinstance(stack, Stack) and (promise := promise_of(item.path, item.function.__doc__)):
         item.user_properties.append(("support", (promise, stack.framework, stack.server, stack.database)))
 
@@ -136,7 +138,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     marker = item.get_closest_marker("loops")
-    return {name: _loop_factory(name) for name in (marker.args if marker else ("asyncio",))}
+    names = marker.args if marker else ("asyncio",)
+    return {name: _loop_factory(name) for name in names if name != "uvloop" or sys.platform != "win32"}  # it has none
 
 
 def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -19,6 +19,9 @@ from support.deadline import until
 from support.rows import add, insert
 from support.scenario import Answer, Route
 
+no_uvloop_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="uvloop is not made for Windows")
+no_fork_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+
 
 @pytest.fixture(autouse=True)
 def _contract(bench):
@@ -158,6 +161,7 @@ async def test_loops_that_are_just_closed(database, ledger):
     assert await ledger.names() == ["a", "b", "c", "d"]
 
 
+@no_uvloop_on_windows
 async def test_uvloops_that_are_just_closed(database, ledger):
     """The same for uvloop, which closes the sockets itself and warns of each, long before anybody else is asked (P15)."""
     ended = await _script(database, _CLOSED.format("__import__('uvloop').new_event_loop"), strict=False)
@@ -223,6 +227,7 @@ async def test_run_that_ends_with_a_unit_open(database, ledger):
     assert await ledger.names() == ["a"]
 
 
+@no_fork_on_windows
 async def test_fork_leaves_the_parents_connections_alone(database, ledger):
     """After a fork the child connects anew, and the parent goes on with its own connection, in its transaction (P15)."""
     ended = await _script(
@@ -298,6 +303,7 @@ async def test_parent_keeps_its_very_connection_over_a_fork(database):
     assert ended == Ended(0, 0, "")
 
 
+@no_fork_on_windows
 async def test_child_that_goes_on_with_the_inherited_loop_connects_anew(database):
     """A child that runs the parent's loop object does not take the parent's connection out of the pool (P15)."""
     ended = await _script(
@@ -456,6 +462,7 @@ async def test_many_loops_at_once(db, bench, ledger):
     assert len(bench.databases.engines) == 32
 
 
+@no_uvloop_on_windows
 async def test_uvloop_runs_one_after_the_other(db, ledger):
     """Two ``uvloop.run`` beside a loop of another kind work and leave nothing (P15)."""
     import uvloop

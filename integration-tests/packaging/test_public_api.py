@@ -1,8 +1,10 @@
 """What users and other people's adapters may import, and that each of it is documented."""
 
+import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,24 @@ PUBLIC_MODULES = [
 ]
 # The first word of a docstring says what happens, to the one who makes it happen.
 NOT_IMPERATIVE = re.compile(r"(A|An|Class|Function|Helper|It|Method|The|This|[A-Z][a-z]+(?<!s)s)\b")
+
+# What these are is the same wherever they are.
+WELL_KNOWN = {
+    "app",
+    "args",
+    "connect",
+    "error",
+    "kwargs",
+    "labels",
+    "name",
+    "receive",
+    "scope",
+    "self",
+    "send",
+    "session",
+    "cls",
+    "wire",
+}
 
 
 def public_objects():
@@ -74,6 +94,29 @@ def test_every_public_name_says_what_it_does(name):
     assert not (inspect.isroutine(value) and NOT_IMPERATIVE.match(first_line)), first_line
 
 
+@pytest.mark.parametrize("name", PUBLIC_OBJECTS)
+def test_every_docstring_explains_all_arguments_or_none(name):
+    """`Args` is for what types cannot say; there, a parameter that is missing or gone is a trap."""
+    value = PUBLIC_OBJECTS[name]
+    explained = sections(value).get("Args", [])
+    function = called(value)
+    parameters = list(inspect.signature(function).parameters)[inspect.isclass(value) :] if function else []
+    fields = list(getattr(value, "__annotations__", {}))
+
+    assert not explained or set(explained) in (set(parameters) - {"self", "cls"}, set(fields))
+    inherited = inspect.isclass(value) and "__init__" not in vars(value)
+    assert explained or inherited or len(set(parameters) - WELL_KNOWN) < 2
+
+
+@pytest.mark.parametrize("name", PUBLIC_OBJECTS)
+def test_every_docstring_says_what_is_raised(name):
+    """Whoever calls it need not read its source to know what to catch."""
+    value = PUBLIC_OBJECTS[name]
+    function = called(value)
+
+    assert function is None or raised(function) <= set(sections(value).get("Raises", []))
+
+
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_error_has_a_section_in_the_reference(error):
     """The docs list every error with its cause and its remedy (P19)."""
@@ -86,3 +129,32 @@ def test_every_error_has_a_section_in_the_reference(error):
 def test_every_error_is_in_the_one_tree(error):
     """Whoever catches ContextSqlaError catches all that we raise by ourselves (P19)."""
     assert issubclass(error, errors.ContextSqlaError)
+
+
+def called(value):
+    """Return the function of ours that runs when a public object is called, None if there is none."""
+    function = inspect.unwrap(value.__init__ if inspect.isclass(value) else value)
+    code = getattr(function, "__code__", None)
+    return function if code is not None and "context_sqla" in code.co_filename else None
+
+
+def sections(value):
+    """Return the names in each section of a docstring."""
+    found = {}
+    names = None
+    for line in inspect.cleandoc(value.__doc__ or "").splitlines():
+        if heading := re.match(r"(Args|Raises|Returns|Yields):$", line):
+            names = found.setdefault(heading[1], [])
+        elif line and not line.startswith(" "):
+            names = None
+        elif names is not None and (entry := re.match(r" {4}([*\w, ]+):", line)):
+            names += [name.strip().lstrip("*") for name in entry[1].split(",")]
+    return found
+
+
+def raised(function):
+    """Return the names of the classes that a function raises itself."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    errors = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None]
+    names = {ast.unparse(error.func if isinstance(error, ast.Call) else error).split(".")[-1] for error in errors}
+    return {name for name in names if name[0].isupper()}

@@ -38,11 +38,13 @@ def test_siblings_are_required_in_the_range_of_this_version(name):
 
 
 def test_the_core_depends_on_sqlalchemy_alone():
-    """Whoever installs the core gets SQLAlchemy and nothing else; an extra only names an adapter."""
+    """Whoever installs the core gets SQLAlchemy and nothing else; every sibling is an extra, for whom one name is easier."""
     project = PROJECTS["context-sqla"]["project"]
 
     assert [Requirement(text).name for text in project["dependencies"]] == ["sqlalchemy"]
-    assert project["optional-dependencies"].keys() <= {name.removeprefix("context-sqla-") for name in PROJECTS}
+    assert {extra: [Requirement(text).name for text in texts] for extra, texts in project["optional-dependencies"].items()} == {
+        name.removeprefix("context-sqla-"): [name] for name in PROJECTS if name != "context-sqla"
+    }
 
 
 @pytest.mark.parametrize("name", PROJECTS)
@@ -69,17 +71,32 @@ def test_the_lock_is_up_to_date():
 
 def test_errors_name_the_lowest_drivers_that_are_tested():
     """Who installs what a `DriverError` says has a driver that keeps the promises."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
-    tested = {Requirement(text).name: Requirement(text) for text in groups["test"]}
+    tested = suite_requirements()
     named = {name: Requirement(text) for name, text in _drivers._PACKAGES.items() if name in tested}
 
     assert named.keys() == {"aiosqlite", "asyncpg", "psycopg"}
     assert named == {name: tested[name] for name in named}
 
 
+@pytest.mark.parametrize("name", PROJECTS)
+def test_extras_bring_drivers_that_are_tested(name):
+    """Who installs `context-sqla-hosts[asyncpg]` has a driver that keeps the promises, too."""
+    tested = suite_requirements()
+    extras = [
+        Requirement(text) for texts in PROJECTS[name]["project"].get("optional-dependencies", {}).values() for text in texts
+    ]
+
+    assert [str(extra) for extra in extras if extra.name not in PROJECTS and str(extra) != str(tested.get(extra.name))] == []
+
+
 def test_the_installed_distributions_agree():
     """Neither `uv lock` nor `uv sync` looks at the ranges of siblings: this does."""
     assert uv("pip", "check", "--python", sys.executable) == 0
+
+
+def suite_requirements():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    return {Requirement(text).name: Requirement(text) for text in groups["test"]}
 
 
 def requirements(name):

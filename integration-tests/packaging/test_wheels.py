@@ -1,17 +1,20 @@
 """What is in the wheels and sdists, and that each installs alone. DIST names a folder that has them already."""
 
 import os
+import re
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+from trove_classifiers import classifiers
 from uv import find_uv_bin
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml"))
-PLUGIN = "context-sqla-pytest"  # which registers itself with pytest
 
 pytestmark = pytest.mark.parametrize("package", PACKAGES)
 
@@ -32,7 +35,9 @@ def test_a_wheel_has_the_modules_the_marker_and_the_licence(dist, package):
     info = {name for name in names if ".dist-info/" in name}
 
     assert names - info == {str(path) for path in sources(package)}
-    expected = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"} | ({"entry_points.txt"} if package == PLUGIN else set())
+    expected = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+    if {"entry-points", "scripts"} & project(package).keys():
+        expected.add("entry_points.txt")
     assert {name.split(".dist-info/")[1] for name in info} == expected
     assert f"{package.replace('-', '_')}/py.typed" in names
 
@@ -55,9 +60,23 @@ def test_metadata_shows_the_readme_and_the_licence(dist, package):
     with zipfile.ZipFile(the_file(dist, package, "-py3-none-any.whl")) as wheel:
         metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))).decode()
         licence = wheel.read(next(name for name in wheel.namelist() if name.endswith("/LICENSE"))).decode()
+    readme = (ROOT / "packages" / package / "README.md").read_text(encoding="utf-8")
 
-    assert (ROOT / "packages" / package / "README.md").read_text(encoding="utf-8").strip() in metadata
+    assert readme.strip() in metadata
+    assert not re.findall(r"\]\((?!https://|#)[^)]*\)", readme), "on PyPI a relative link leads nowhere"
     assert licence == (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_metadata_is_what_pypi_accepts(dist, package):
+    """An upload is refused for one unknown classifier, when the other distributions are already there."""
+    with zipfile.ZipFile(the_file(dist, package, "-py3-none-any.whl")) as wheel:
+        raw = wheel.read(next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")))
+    metadata = Metadata.from_email(raw, validate=True)
+
+    assert (metadata.name, metadata.license_expression, metadata.license_files) == (package, "MIT", ["LICENSE"])
+    assert metadata.description_content_type == "text/markdown"
+    assert set(metadata.classifiers) <= classifiers
+    assert len(metadata.summary) <= 120, "it is one line of a list of packages"
 
 
 def test_each_installs_alone_and_imports(dist, package, tmp_path):
@@ -70,6 +89,11 @@ def test_each_installs_alone_and_imports(dist, package, tmp_path):
     uv("venv", "--quiet", tmp_path / "venv")
     uv("pip", "install", "--quiet", "--python", python, *fresh, the_file(dist, package, "-py3-none-any.whl"))
     subprocess.run([python, "-I", "-W", "error", "-c", f"import {package.replace('-', '_')}"], cwd=tmp_path, check=True)
+
+
+def project(package):
+    """Return what the pyproject of a package says of it."""
+    return tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def sources(package):

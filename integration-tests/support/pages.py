@@ -64,6 +64,7 @@ def _installs() -> str:
         [_title(name), f"`pip install {_distribution(name)}`", f"`context_sqla`, `context_sqla_{name}`"] for name in _popular()
     ]
     rows.append(["tests, with pytest", "`pip install 'context-sqla-pytest[postgres]'`", "`context_sqla_pytest`"])
+    rows.append(["replicas and failover", "`pip install 'context-sqla-hosts[asyncpg]'`", "`context_sqla_hosts`"])
     rows.append(["scripts, workers", "`pip install context-sqla`", "`context_sqla`"])
     return _table(["for", "install", "import"], rows)
 

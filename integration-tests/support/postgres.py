@@ -7,7 +7,6 @@ PostgreSQL refuses to run as root: a root caller gets it started as ``$PG_RUN_AS
 import contextlib
 import importlib.util
 import os
-import pwd
 import re
 import secrets
 import shutil
@@ -45,11 +44,7 @@ SETTINGS: Mapping[str, str] = {
     "log_min_messages": "warning",
 }
 
-_SIGNALS: Mapping[StopMode, signal.Signals] = {
-    "smart": signal.SIGTERM,
-    "fast": signal.SIGINT,
-    "immediate": signal.SIGQUIT,
-}
+_SIGNALS: Mapping[StopMode, str] = {"smart": "SIGTERM", "fast": "SIGINT", "immediate": "SIGQUIT"}  # by name: Windows has not all
 
 #: Runs the server until a line comes down the pipe. When the pipe closes without one, our process was killed: then the server
 #: ends too, and its folder is removed.
@@ -112,6 +107,8 @@ def accounts() -> list[Account]:
     """
     if os.geteuid() != 0:
         return [Account()]
+    import pwd  # Windows has none, and uses this module for tests on SQLite
+
     found = []
     for name in filter(None, (os.environ.get("PG_RUN_AS"), "postgres", "nobody")):
         with contextlib.suppress(KeyError):
@@ -302,7 +299,7 @@ class Postgres:
         with process.stdin:
             pid = self._postmaster()
             if process.poll() is None and pid is not None:
-                os.kill(pid, _SIGNALS[mode])
+                os.kill(pid, signal.Signals[_SIGNALS[mode]])
                 process.wait(timeout)
             # Lets what is left of the guard, or a server that is not up yet, end without removing the folder.
             with contextlib.suppress(BrokenPipeError):

@@ -10,7 +10,12 @@ Driver: TypeAlias = Literal["asyncpg", "psycopg"]
 
 
 class Address(NamedTuple):
-    """Where a host is; two of one name and different ports are two hosts."""
+    """Where a host is; two of one name and different ports are two hosts.
+
+    Args:
+        name: or an IP address, an IPv6 one without brackets.
+        port: of PostgreSQL.
+    """
 
     name: str
     port: int

@@ -50,11 +50,16 @@ class Choice:
 
         Raises:
             NoHostError: there is none.
+            NotImplementedError: this is the base class.
         """
         raise NotImplementedError
 
     def allows(self, host: str) -> bool:
-        """Return whether a connection to this host may still be used for what is chosen here."""
+        """Return whether a connection to this host may still be used for what is chosen here.
+
+        Raises:
+            NotImplementedError: this is the base class.
+        """
         raise NotImplementedError
 
     def _follow(self, connect: DBConnect[Any]) -> None:

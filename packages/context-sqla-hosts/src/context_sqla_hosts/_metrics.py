@@ -31,7 +31,13 @@ class Metrics:
         self._values: dict[Key, float] = {}
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
-        """Let a figure grow."""
+        """Let a figure grow.
+
+        Args:
+            name: without a prefix, such as "probe_failures_total".
+            amount: by how much.
+            labels: what sets it apart from others of this name.
+        """
         key = (name, tuple(labels.items()))
         self._values[key] = self._values.get(key, 0) + amount
 
@@ -48,7 +54,13 @@ class Metrics:
         return self._values.get((name, tuple(labels.items())), 0)
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
-        """Add to a histogram: cumulative buckets `name_bucket{le=}`, `name_sum` and `name_count`."""
+        """Add to a histogram: cumulative buckets `name_bucket{le=}`, `name_sum` and `name_count`.
+
+        Args:
+            name: of the histogram, without a prefix.
+            seconds: what was measured.
+            labels: what sets it apart from others of this name.
+        """
         for limit in BUCKETS:
             self.add(f"{name}_bucket", float(seconds <= limit), **labels, le=f"{limit:g}")
         self.add(f"{name}_bucket", 1, **labels, le="+Inf")

@@ -76,6 +76,9 @@ class Hosts:
         locality: where this process is.
         localities: where the hosts are, for `replica(balance="nearest")`.
         weights: the hosts' shares of the reads, 1 where none is given; 0: only if there is no other.
+
+    Raises:
+        ValueError: a number that cannot be, or a host that is named twice or not at all.
     """
 
     def __init__(
@@ -317,6 +320,10 @@ class Hosts:
         A lost or refused connection, a server that shuts down and a write that a replica refused make it probe the host at once;
         until the answer, `primary()` waits. Nothing is concluded from the error itself. Other errors are passed over, and so are
         hosts that it does not watch.
+
+        Args:
+            host: as `Hosts` was given it, or as a snapshot names it.
+            exc: the error, as SQLAlchemy or the driver raised it.
         """
         key = self.key(host)
         poller = self._pollers.get(key)
@@ -362,14 +369,25 @@ class Hosts:
         return self._hurried_since
 
     def doubt(self, poller: Poller, *, anew: bool = False) -> None:
-        """Look into a host, and let nobody choose it meanwhile who has a choice."""
+        """Look into a host, and let nobody choose it meanwhile who has a choice.
+
+        Args:
+            poller: the host's.
+            anew: over a new connection.
+        """
         known = poller.doubted
         poller.wake(doubt=True, anew=anew)
         if not known:
             self._publish(())
 
     def answered(self, poller: Poller, result: Observation | Failure, sent: float) -> None:
-        """Take the result of a probe."""
+        """Take the result of a probe.
+
+        Args:
+            poller: the host's.
+            result: what it said, or why it said nothing.
+            sent: when it was asked.
+        """
         now = self.clock()
         if isinstance(result, Failure):
             self.metrics.add("probe_failures_total", host=poller.host, kind=result.kind)

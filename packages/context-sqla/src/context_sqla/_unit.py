@@ -53,6 +53,10 @@ class Unit(Container):
         A marked context of a test is joined: the same calls then act on savepoints in the test's transaction (P12). Any other
         context in which this code happens to run is left alone.
 
+        Args:
+            policy: when to commit, and what is asked before.
+            label: names the request in log lines and warnings. It is called late, when the route is known.
+
         Raises:
             ForeignLoopError: the test's context, which is to be joined, belongs to another event loop.
         """
