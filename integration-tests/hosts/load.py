@@ -13,7 +13,7 @@ from context_sqla_hosts import Choice, Hosts, bind_engine
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from .cluster import DATABASE, MONITOR, PASSWORD, USER, Node
+from .cluster import DATABASE, MONITOR, PASSWORD, USER, Sql
 
 TABLE = "CREATE TABLE item (id bigint PRIMARY KEY, number int)"
 _INSERT = text("INSERT INTO item (id) VALUES (:id) RETURNING inet_server_port()")
@@ -27,6 +27,7 @@ class Ack(NamedTuple):
     at: float
     id: int
     port: int
+    began: float
 
 
 class Failed(NamedTuple):
@@ -46,17 +47,21 @@ class Load:
     async def work(self, worker: int) -> None:
         while True:
             number = next(_numbers)
-            self.busy_since[worker] = time.monotonic()
+            began = self.busy_since[worker] = time.monotonic()
             try:
                 port = await self.write(number)
             except Exception as exc:
                 self.failed.append(Failed(time.monotonic(), exc))
                 await asyncio.sleep(0)
             else:
-                self.acked.append(Ack(time.monotonic(), number, port))
+                self.acked.append(Ack(time.monotonic(), number, port, began))
 
     def acked_after(self, moment: float) -> list[Ack]:
         return [ack for ack in self.acked if ack.at > moment]
+
+    def acked_by(self, node: Sql, *, since: float = 0.0) -> list[Ack]:
+        """The writes that a server acknowledged and that began after a moment."""
+        return [ack for ack in self.acked if ack.port == node.port and ack.began > since]
 
     def gap(self) -> float:
         """The longest time without an acknowledged write."""
@@ -73,6 +78,15 @@ class Load:
         async with asyncio.timeout(timeout):
             while len(self.acked) < goal:
                 await asyncio.sleep(0.005)
+
+    async def until_by(self, node: Sql, count: int, timeout: float = 90) -> None:
+        """Wait until a server has acknowledged so many writes."""
+        try:
+            async with asyncio.timeout(timeout):
+                while len(self.acked_by(node)) < count:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"{len(self.acked_by(node))} of {count} writes to {node}; errors: {self.kinds()}") from None
 
     def kinds(self) -> dict[str, int]:
         """The errors by kind, for messages."""
@@ -97,7 +111,7 @@ async def load(write: Write, workers: int = 20) -> AsyncIterator[Load]:
         assert all(task.done() for task in tasks), "a worker hangs and cannot be cancelled"
 
 
-def watch(nodes: Sequence[Node], *, user: str = MONITOR, **options: Any) -> Hosts:
+def watch(nodes: Sequence[Sql], *, user: str = MONITOR, **options: Any) -> Hosts:
     """Make a monitor of these nodes."""
     return Hosts([node.address for node in nodes], user=user, password=PASSWORD, database=DATABASE, **options)
 
@@ -147,7 +161,7 @@ async def bound(choice: Choice, *, driver: str = "asyncpg", pool: int = 20) -> A
         await engine.dispose()
 
 
-async def promote_visibly(node: Node) -> float:
+async def promote_visibly(node: Sql) -> float:
     """Promote a node, and return when it first said that it is a primary."""
     async with node.session() as connection:
         await connection.execute("SELECT pg_promote(false)")
@@ -156,7 +170,7 @@ async def promote_visibly(node: Node) -> float:
         return time.monotonic()
 
 
-async def lost(acked: Sequence[Ack], node: Node) -> int:
+async def lost(acked: Sequence[Ack], node: Sql) -> int:
     """Count the acknowledged writes that a node does not have."""
     async with node.session() as connection:
         there = {row["id"] for row in await connection.fetch("SELECT id FROM item")}

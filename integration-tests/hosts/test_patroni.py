@@ -1,0 +1,150 @@
+"""The cluster manager that people run: Patroni with etcd elects the leader, and the clients find it, with the same figures."""
+
+import asyncio
+import time
+
+import pytest
+from context_sqla_hosts import NoPrimaryError, primary
+
+from . import programs
+from .load import bound, following, load, watch, writing
+from .patroni import TTL, patroni
+
+WORKERS = 20
+INTERVAL, TIMEOUT, FAILS = 1.0, 0.5, 2
+LIMIT = TIMEOUT * FAILS + INTERVAL + 0.5
+AT_LEAST = 1_000
+
+pytestmark = pytest.mark.needs("etcd", "patroni")
+
+
+async def kill(cluster, leader):
+    await asyncio.to_thread(leader.kill)
+
+
+async def switch_over(cluster, leader):
+    await cluster.switch_over(leader, next(member for member in cluster.members if member is not leader))
+
+
+async def refuse(cluster, leader):
+    leader.etcd.mode = "refuse"
+    leader.etcd.cut()
+
+
+async def silence(cluster, leader):
+    leader.etcd.mode = "hang"
+
+
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("fault", "driver"),
+    [(kill, "asyncpg"), long(kill, "psycopg"), (switch_over, "asyncpg"), long(switch_over, "psycopg"),
+     long(refuse, "asyncpg"), long(silence, "asyncpg")],
+)  # fmt: skip
+async def test_only_work_in_flight_fails_when_the_leader_changes(figure, fault, driver):
+    """Killed, switched over, or cut off from etcd: each worker loses at most what was in flight, and finds the new leader."""
+    async with patroni() as cluster:
+        old = await cluster.leader()
+        async with watch(cluster.members, interval=INTERVAL, driver=driver) as hosts:
+            async with following(primary(hosts, wait=60), driver=driver) as db, load(writing(db), WORKERS) as running:
+                await running.until(300)
+                at = time.monotonic()
+                changing = asyncio.create_task(fault(cluster, old))
+                new, visible = await cluster.promotion(other_than=old)
+                await running.until_by(new, 300)
+                await changing
+                hanging = running.hanging(LIMIT)
+                old.etcd.mode = "pass"
+                if old.agent.poll() is not None:
+                    old.start()
+                await cluster.whole()
+                await hosts.ready(replicas=2, timeout=30)
+                await running.until(300)
+    first = min(ack.at for ack in running.acked_by(new))
+    label = f"Patroni, {fault.__name__}, {driver}"
+    figure(f"{label}: errors of {WORKERS} workers", len(running.failed), f"<= {WORKERS}")
+    figure(f"{label}: first ack after the promotion is visible, s", max(0.0, first - visible), "<= 0.3")
+    figure(f"{label}: promotion visible after s", visible - at)
+
+    assert len(running.failed) <= WORKERS, running.kinds()
+    assert first - visible <= 3
+    assert hanging == 0
+    assert running.acked_by(old, since=first) == []
+
+
+async def test_a_zombie_that_patroni_left_behind_gets_no_write(figure):
+    """Patroni died, its PostgreSQL writes on: from the moment at which the new leader is seen, not one write goes to the old."""
+    async with patroni() as cluster:
+        old = await cluster.leader()
+        async with watch(cluster.members, interval=INTERVAL) as hosts, following(primary(hosts, wait=60)) as db:
+            async with load(writing(db), WORKERS) as running:
+                seen = when_another_leads(hosts, old)
+                await running.until(300)
+                await asyncio.to_thread(kill_agent, old)
+                new, visible = await cluster.promotion(other_than=old)
+                await running.until_by(new, AT_LEAST)
+                assert await old.is_primary()  # it is alive, and would take them
+        fence, *_ = seen
+        late = running.acked_by(old, since=fence)
+        figure(f"Patroni, zombie: acknowledged by it after the fence, of {len(running.acked_by(new))}", len(late), "0")
+        figure(f"Patroni, zombie: errors of {WORKERS} workers", len(running.failed), f"<= {WORKERS}")
+        figure("Patroni, zombie: fence after the promotion is visible, s", max(0.0, fence - visible), f"<= {INTERVAL + 0.3:g}")
+        async with watch(cluster.members) as hosts, bound(primary(hosts, wait=30)) as write, load(write, WORKERS) as fresh:
+            await fresh.until(AT_LEAST)
+            assert await old.is_primary()
+        there = fresh.acked_by(old)
+        figure(f"Patroni, zombie, fresh client: acknowledged by it, of {len(fresh.acked)}", len(there), "0")
+
+    assert late == []
+    assert len(running.failed) <= WORKERS, running.kinds()
+    assert fence - visible <= 10 * (INTERVAL + 0.3)
+    assert there == []
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", long("psycopg")])
+async def test_a_leader_that_froze_and_thaws_is_left_and_joins_again(figure, driver):
+    """Nobody hangs on a machine that stands still, and what it does when it goes on reaches no client."""
+    async with patroni() as cluster:
+        old = await cluster.leader()
+        async with watch(cluster.members, interval=INTERVAL, timeout=TIMEOUT, max_fails=FAILS, driver=driver) as hosts:
+            async with following(primary(hosts, wait=60), driver=driver) as db, load(writing(db), WORKERS) as running:
+                await running.until(300)
+                old.suspend()
+                new, visible = await cluster.promotion(other_than=old)
+                await running.until_by(new, 300)
+                hanging = running.hanging(LIMIT)
+                thawed = time.monotonic()
+                old.resume()
+                await cluster.whole()
+                await hosts.ready(replicas=2, timeout=30)
+                await running.until(300)
+    first = min(ack.at for ack in running.acked_by(new))
+    zombie = [ack for ack in running.acked_by(old) if ack.at > thawed]
+    label = f"Patroni, frozen, {driver}"
+    figure(f"{label}: errors of {WORKERS} workers", len(running.failed), f"<= {WORKERS}")
+    figure(f"{label}: workers that hang", hanging, "0")
+    figure(f"{label}: first ack after the promotion is visible, s", max(0.0, first - visible), "<= 0.3")
+    figure(f"{label}: acknowledged by the old leader when it thawed", len(zombie), "0")
+
+    assert hanging == 0
+    assert len(running.failed) <= WORKERS, running.kinds()
+    assert first - visible <= 3
+    assert zombie == []
+
+
+def when_another_leads(hosts, old):
+    """Note the times at which the monitor has another primary than the old one."""
+    seen = []
+    hosts.subscribe(lambda snapshot: seen.append(time.monotonic()) if snapshot.primary not in (None, old.address) else None)
+    return seen
+
+
+def kill_agent(member):
+    member.agent.kill()
+    member.agent.wait(30)
+
+
+_ = (TTL, NoPrimaryError, programs)
