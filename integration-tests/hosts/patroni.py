@@ -363,5 +363,3 @@ def _kill_all(folder: Path) -> None:
         assert time.monotonic() < until, f"these do not end: {pids}"
         _signal(pids, signal.SIGKILL)
         time.sleep(0.01)
-
-

@@ -47,6 +47,18 @@ class Failure(NamedTuple):
     hard: bool
 
 
+class Claim(NamedTuple):
+    """What a member of a Patroni cluster that holds the leader's lock says of itself.
+
+    Args:
+        timeline: of its server.
+        system_identifier: of its cluster.
+    """
+
+    timeline: int
+    system_identifier: int
+
+
 class Event(NamedTuple):
     """What changed, and for which host."""
 
@@ -148,6 +160,7 @@ class Tracker:
         self._settled = False  # more than half of the hosts agreed on the identity
         self._fences: dict[int, int] = {}  # of each cluster, for which of them is ours may not be known yet
         self._confirmed: dict[int, int] = {}  # the highest timeline that a follower has shown
+        self._claims: Mapping[str, Claim] = {}
         self._raised = False  # the fence has risen while we watched: there was a failover
         self._split_brain = False
         self._primary: str | None = None
@@ -186,8 +199,14 @@ class Tracker:
             found.state = "suspect"
         return self._decide()
 
+    def advised(self, claims: Mapping[str, Claim]) -> tuple[Event, ...]:
+        """Take what Patroni says of who leads, and return what it changes; it can forbid a primary, and never make one."""
+        self._claims = claims
+        return self._decide()
+
     def restart(self) -> None:
         """Forget the hosts, who were not watched for a while; the fence and the cluster's identity stay."""
+        self._claims = {}
         self._hosts = {host: _Host(host) for host in self._hosts}
         self._primary = self._primary_lsn = None
 
@@ -267,6 +286,7 @@ class Tracker:
         for found in claiming:
             fenced = elected is not None and found is not elected and self._rules.split_brain != "first"
             fenced = fenced or (self._rules.split_brain == "fence" and (found.timeline or 0) < (self._fence or 0))
+            fenced = fenced or self._is_forbidden(found)
             if fenced and not found.fenced:
                 self._tell("fenced", found.host)
             found.fenced = fenced
@@ -281,9 +301,19 @@ class Tracker:
         events, self._events = tuple(self._events), []
         return events
 
+    def _is_forbidden(self, found: _Host) -> bool:
+        """Return whether another host leads, as far as Patroni knows.
+
+        A member may say so for seconds after it was demoted: its word counts against timelines that are not newer than its own.
+        """
+        others = [c.timeline for host, c in self._claims.items() if host != found.host and c.system_identifier == self._identity]
+        highest, own = max(others, default=0), found.timeline or 0
+        return highest > own or (highest == own and bool(others) and found.host not in self._claims)
+
     def _elect(self, claiming: list[_Host]) -> _Host | None:
         if not self._is_decided():
             return None
+        claiming = [h for h in claiming if not self._is_forbidden(h)]
         if self._rules.split_brain == "first":
             return claiming[0] if claiming else None
         if self._rules.split_brain == "refuse" and len(claiming) > 1:
