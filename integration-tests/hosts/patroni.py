@@ -12,6 +12,7 @@ async with patroni() as cluster:
 """
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -188,6 +189,7 @@ class Patroni:
         self.program = (python, "-c", _PATRONI)
         self.members: list[Member] = []
         self.client = httpx.AsyncClient()
+        self.etcd = Address(LOOPBACK, free_port())
         self._packages = packages
 
     def make(self, folder: Path) -> None:
@@ -232,6 +234,12 @@ class Patroni:
         """Let another member lead, as planned."""
         body = {"leader": leader.name, "candidate": candidate.name}
         answer = await self.client.post(f"{leader.rest}/switchover", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+
+    async def give_lock(self, member: Member) -> None:
+        """Write a member into the leader's key, as Patroni 3.0.2 does to itself when it thaws with an old view of the cluster."""
+        key, value = (base64.b64encode(text.encode()).decode() for text in ("/service/tests/leader", member.name))
+        answer = await self.client.post(f"http://{self.etcd.host}:{self.etcd.port}/v3/kv/put", json={"key": key, "value": value})
         assert answer.status_code == 200, answer.text
 
     async def promotion(self, *, other_than: Member) -> tuple[Member, float]:
@@ -279,9 +287,9 @@ async def patroni(version: str = programs.NEWEST, *, size: int = 3) -> AsyncIter
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(_reap, folder, cluster, started)
         cluster.installation = _reachable(found, folder)
-        etcd = await _start_etcd(cluster, started)
+        await _start_etcd(cluster, started)
         for number in range(size):
-            way = Proxy(etcd)
+            way = Proxy(cluster.etcd)
             await way.start()
             stack.push_async_callback(way.stop)
             cluster.members.append(Member(cluster, f"member{number + 1}", way))
@@ -292,13 +300,12 @@ async def patroni(version: str = programs.NEWEST, *, size: int = 3) -> AsyncIter
         yield cluster
 
 
-async def _start_etcd(cluster: Patroni, started: list[subprocess.Popen[bytes]]) -> Address:
+async def _start_etcd(cluster: Patroni, started: list[subprocess.Popen[bytes]]) -> None:
     program = programs.etcd()
     assert program is not None
     folder = cluster.folder / "etcd"
     cluster.make(folder)
-    port = free_port()
-    url, peers = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{free_port()}"
+    url, peers = f"http://{cluster.etcd.host}:{cluster.etcd.port}", f"http://{LOOPBACK}:{free_port()}"
     urls = ("--listen-client-urls", url, "--advertise-client-urls", url)
     urls += ("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers, "--initial-cluster", f"one={peers}")
     process = cluster.run(folder, program, "--name", "one", "--data-dir", str(folder / "data"), *urls)
@@ -307,7 +314,7 @@ async def _start_etcd(cluster: Patroni, started: list[subprocess.Popen[bytes]]) 
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if (await cluster.client.get(f"{url}/health")).status_code == 200:
-                    return Address(LOOPBACK, port)
+                    return
             assert process.poll() is None, (folder / "log").read_text()
             await asyncio.sleep(0.02)
 
