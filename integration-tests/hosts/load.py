@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from .cluster import DATABASE, MONITOR, PASSWORD, USER, Sql
 
 TABLE = "CREATE TABLE item (id bigint PRIMARY KEY, number int)"
+#: What a driver needs behind a pool of transactions: a prepared statement belongs to one server connection.
+POOLED: Mapping[str, Mapping[str, Any]] = {"asyncpg": {"statement_cache_size": 0}, "psycopg": {"prepare_threshold": None}}
 _INSERT = text("INSERT INTO item (id) VALUES (:id) RETURNING inet_server_port()")
 _numbers = itertools.count(1)
 
@@ -117,11 +119,15 @@ def watch(nodes: Sequence[Sql], *, user: str = MONITOR, **options: Any) -> Hosts
 
 
 @asynccontextmanager
-async def following(choice: Choice, *, driver: str = "asyncpg", pool: int = 20, **options: Any) -> AsyncIterator[DBConnect[Any]]:
-    """Give a connect whose sessions go where the choice says."""
-    engine_options = {"pool_size": pool, "max_overflow": 0}
+async def following(
+    choice: Choice | None, *, driver: str = "asyncpg", pool: int = 20, host: str = "nowhere", pooled: bool = False, **options: Any
+) -> AsyncIterator[DBConnect[Any]]:
+    """Give a connect whose sessions go where the choice says, or to one host; `pooled`: through pgbouncer."""
+    engine_options: dict[str, Any] = {"pool_size": pool, "max_overflow": 0}
+    if pooled:
+        engine_options["connect_args"] = POOLED[driver]
     db = DBConnect.from_url(
-        f"postgresql+{driver}://{USER}:{PASSWORD}@nowhere/{DATABASE}",
+        f"postgresql+{driver}://{USER}:{PASSWORD}@{host}/{DATABASE}",
         engine_options=engine_options,
         before_create_session_handler=choice,
         **options,

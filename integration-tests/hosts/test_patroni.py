@@ -4,9 +4,12 @@ import asyncio
 import time
 
 import pytest
-from context_sqla_hosts import NoPrimaryError, primary
+from context_sqla_hosts import Hosts, NoPrimaryError, patroni_members, primary
+from support.proxy import proxy
+from support.wire import Address
 
 from . import programs
+from .cluster import DATABASE, MONITOR, PASSWORD
 from .load import bound, following, load, lost, watch, writing
 from .patroni import patroni
 
@@ -170,6 +173,34 @@ async def test_a_cluster_that_goes_back_a_timeline_is_refused_until_somebody_say
     assert f"{old.address} is fenced" in told
     assert "There is no primary" in told
     assert lost_rows > 0
+
+
+async def test_patroni_forbids_a_zombie_whose_successor_cannot_be_seen(figure):
+    """Who can reach the old leader's PostgreSQL alone has no evidence against it; the second opinion is enough not to write there."""
+    async with patroni(size=2) as cluster:
+        old = await cluster.leader()
+        found = await patroni_members(*(member.rest for member in cluster.members))
+        assert found == {member.address: member.rest for member in cluster.members}
+        await asyncio.to_thread(kill_agent, old)
+        new, _ = await cluster.promotion(other_than=old)
+        async with proxy(Address(new.host, new.port)) as way:
+            way.mode = "refuse"
+            members = {old.address: old.rest, way.host: new.rest}
+            login = {"user": MONITOR, "password": PASSWORD, "database": DATABASE}
+            async with Hosts(list(members), **login) as hosts, following(primary(hosts, wait=5)) as db:
+                await writing(db)(-1)
+            async with Hosts(list(members), patroni=members, **login) as hosts, following(primary(hosts, wait=2)) as db:
+                await until(lambda: hosts.snapshot().host(old.address).fenced)
+                with pytest.raises(NoPrimaryError):
+                    await writing(db)(-2)
+                way.mode = "pass"
+                assert await hosts.primary(wait=30) == way.host
+                await writing(db)(-3)
+        zombie = await old.fetchval("SELECT array_agg(id) FROM item")
+        there = await new.fetchval("SELECT array_agg(id) FROM item")
+    figure("Patroni, zombie alone in sight: written there, without and with the second opinion", "1, 0", "1, 0")
+
+    assert (zombie, there) == ([-1], [-3])
 
 
 def when_another_leads(hosts, old):
