@@ -117,7 +117,7 @@ async def test_a_zombie_that_patroni_left_behind_gets_no_write(figure):
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", long("psycopg")])
-async def test_a_leader_that_froze_and_thaws_is_left_and_joins_again(figure, driver):
+async def test_a_leader_that_freezes_and_thaws_is_left(figure, driver):
     """Nobody hangs on a machine that stands still, and what it does when it goes on reaches no client."""
     async with patroni() as cluster:
         old = await cluster.leader()
@@ -133,7 +133,6 @@ async def test_a_leader_that_froze_and_thaws_is_left_and_joins_again(figure, dri
                 old.resume()
                 await step_down(old)
                 await running.until(300)
-            await hosts.ready(replicas=2, timeout=120)
     first = min(ack.at for ack in running.acked_by(new))
     zombie = [ack for ack in running.acked_by(old) if ack.at > thawed]
     label = f"Patroni, frozen, {driver}"
