@@ -48,7 +48,40 @@ SETTINGS: Mapping[str, str] = {
 _template: list[tuple[Mapping[str, str], Path]] = []
 
 
-class Node(Postgres):
+class Sql:
+    """A server that one can ask."""
+
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Host and port, as a monitor takes them."""
+        return f"{self.host}:{self.port}"
+
+    @contextlib.asynccontextmanager
+    async def session(self, database: str = DATABASE) -> AsyncIterator[Any]:
+        """Give a connection of asyncpg, as the superuser."""
+        login = {"user": USER, "password": PASSWORD, "database": database}
+        connection = await asyncpg.connect(host=self.host, port=self.port, timeout=10, **login)
+        try:
+            yield connection
+        finally:
+            await connection.close(timeout=10)
+
+    async def fetchval(self, sql: str, *args: Any) -> Any:
+        """Return the only value of a query."""
+        async with self.session() as connection:
+            return await connection.fetchval(sql, *args)
+
+    async def execute(self, *statements: str) -> None:
+        """Run statements, each in a transaction of its own."""
+        async with self.session() as connection:
+            for statement in statements:
+                await connection.execute(statement)
+
+
+class Node(Sql, Postgres):
     """One server of a cluster. Lower-level methods block for milliseconds; those that talk SQL are asynchronous."""
 
     def __init__(self, name: str, source: "Node | None" = None, *, settings: Mapping[str, str] | None = None) -> None:
@@ -69,27 +102,6 @@ class Node(Postgres):
         return f"postgresql+{driver}://{user}:{PASSWORD}@{self.address}/{DATABASE}"
 
     # SQL
-
-    @contextlib.asynccontextmanager
-    async def session(self) -> AsyncIterator[Any]:
-        """Give a connection of asyncpg, as the superuser."""
-        login = {"user": USER, "password": PASSWORD, "database": DATABASE}
-        connection = await asyncpg.connect(host=self.host, port=self.port, timeout=10, **login)
-        try:
-            yield connection
-        finally:
-            await connection.close(timeout=10)
-
-    async def fetchval(self, sql: str, *args: Any) -> Any:
-        """Return the only value of a query."""
-        async with self.session() as connection:
-            return await connection.fetchval(sql, *args)
-
-    async def execute(self, *statements: str) -> None:
-        """Run statements, each in a transaction of its own."""
-        async with self.session() as connection:
-            for statement in statements:
-                await connection.execute(statement)
 
     async def configure(self, **settings: str) -> None:
         """Change settings, and reload."""

@@ -1,6 +1,7 @@
 """The acceptance table: every test puts its figures into it, beside the limit that they are held against."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -8,17 +9,29 @@ from typing import Any
 import pytest
 from support.postgres import find
 
+from . import programs
 from .cluster import Node, cluster
 from .load import TABLE
 
 _rows = pytest.StashKey[list[tuple[str, str, str]]]()
+_missing = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
+    config.stash[_missing] = programs.missing()
+    config.addinivalue_line("markers", "needs(*programs): runs where these are; where they are not, with CI=true, it fails")
     config.addinivalue_line(
         "markers", "long: takes many seconds, and a shorter test shows most of it; `-m 'not long'` leaves it out"
     )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    wanted = {name for mark in item.iter_markers("needs") for name in mark.args}
+    lacking = [f"{name} is missing: {how}" for name, how in item.config.stash[_missing].items() if name in wanted]
+    if lacking:
+        stop = pytest.fail if os.environ.get("CI") else pytest.skip
+        stop("; ".join(lacking))
 
 
 @pytest.fixture(name="figure")
@@ -71,6 +84,10 @@ async def _with_table() -> AsyncIterator[list[Node]]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rows = config.stash[_rows]
+    if missing := config.stash[_missing]:
+        terminalreporter.section("some parts cannot run here")
+        for name, how in missing.items():
+            terminalreporter.write_line(f"{name} is missing: {how}")
     if rows:
         width, figures = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
         terminalreporter.section(f"acceptance on PostgreSQL {find().version}")

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ from context_sqla_hosts import Choice, Hosts, bind_engine
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from .cluster import DATABASE, MONITOR, PASSWORD, USER, Node
+from .cluster import DATABASE, MONITOR, PASSWORD, USER, Sql
 
 TABLE = "CREATE TABLE item (id bigint PRIMARY KEY, number int)"
+#: What a driver needs behind a pool of transactions: a prepared statement belongs to one server connection.
+POOLED: Mapping[str, Mapping[str, Any]] = {"asyncpg": {"statement_cache_size": 0}, "psycopg": {"prepare_threshold": None}}
 _INSERT = text("INSERT INTO item (id) VALUES (:id) RETURNING inet_server_port()")
 _numbers = itertools.count(1)
 
@@ -27,6 +29,7 @@ class Ack(NamedTuple):
     at: float
     id: int
     port: int
+    began: float
 
 
 class Failed(NamedTuple):
@@ -46,17 +49,21 @@ class Load:
     async def work(self, worker: int) -> None:
         while True:
             number = next(_numbers)
-            self.busy_since[worker] = time.monotonic()
+            began = self.busy_since[worker] = time.monotonic()
             try:
                 port = await self.write(number)
             except Exception as exc:
                 self.failed.append(Failed(time.monotonic(), exc))
                 await asyncio.sleep(0)
             else:
-                self.acked.append(Ack(time.monotonic(), number, port))
+                self.acked.append(Ack(time.monotonic(), number, port, began))
 
     def acked_after(self, moment: float) -> list[Ack]:
         return [ack for ack in self.acked if ack.at > moment]
+
+    def acked_by(self, node: Sql, *, since: float = 0.0) -> list[Ack]:
+        """The writes that a server acknowledged and that began after a moment."""
+        return [ack for ack in self.acked if ack.port == node.port and ack.began > since]
 
     def gap(self) -> float:
         """The longest time without an acknowledged write."""
@@ -73,6 +80,15 @@ class Load:
         async with asyncio.timeout(timeout):
             while len(self.acked) < goal:
                 await asyncio.sleep(0.005)
+
+    async def until_by(self, node: Sql, count: int, timeout: float = 90) -> None:
+        """Wait until a server has acknowledged so many writes."""
+        try:
+            async with asyncio.timeout(timeout):
+                while len(self.acked_by(node)) < count:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"{len(self.acked_by(node))} of {count} writes to {node}; errors: {self.kinds()}") from None
 
     def kinds(self) -> dict[str, int]:
         """The errors by kind, for messages."""
@@ -97,17 +113,21 @@ async def load(write: Write, workers: int = 20) -> AsyncIterator[Load]:
         assert all(task.done() for task in tasks), "a worker hangs and cannot be cancelled"
 
 
-def watch(nodes: Sequence[Node], *, user: str = MONITOR, **options: Any) -> Hosts:
+def watch(nodes: Sequence[Sql], *, user: str = MONITOR, **options: Any) -> Hosts:
     """Make a monitor of these nodes."""
     return Hosts([node.address for node in nodes], user=user, password=PASSWORD, database=DATABASE, **options)
 
 
 @asynccontextmanager
-async def following(choice: Choice, *, driver: str = "asyncpg", pool: int = 20, **options: Any) -> AsyncIterator[DBConnect[Any]]:
-    """Give a connect whose sessions go where the choice says."""
-    engine_options = {"pool_size": pool, "max_overflow": 0}
+async def following(
+    choice: Choice | None, *, driver: str = "asyncpg", pool: int = 20, host: str = "nowhere", pooled: bool = False, **options: Any
+) -> AsyncIterator[DBConnect[Any]]:
+    """Give a connect whose sessions go where the choice says, or to one host; `pooled`: through pgbouncer."""
+    engine_options: dict[str, Any] = {"pool_size": pool, "max_overflow": 0}
+    if pooled:
+        engine_options["connect_args"] = POOLED[driver]
     db = DBConnect.from_url(
-        f"postgresql+{driver}://{USER}:{PASSWORD}@nowhere/{DATABASE}",
+        f"postgresql+{driver}://{USER}:{PASSWORD}@{host}/{DATABASE}",
         engine_options=engine_options,
         before_create_session_handler=choice,
         **options,
@@ -147,7 +167,7 @@ async def bound(choice: Choice, *, driver: str = "asyncpg", pool: int = 20) -> A
         await engine.dispose()
 
 
-async def promote_visibly(node: Node) -> float:
+async def promote_visibly(node: Sql) -> float:
     """Promote a node, and return when it first said that it is a primary."""
     async with node.session() as connection:
         await connection.execute("SELECT pg_promote(false)")
@@ -156,7 +176,7 @@ async def promote_visibly(node: Node) -> float:
         return time.monotonic()
 
 
-async def lost(acked: Sequence[Ack], node: Node) -> int:
+async def lost(acked: Sequence[Ack], node: Sql) -> int:
     """Count the acknowledged writes that a node does not have."""
     async with node.session() as connection:
         there = {row["id"] for row in await connection.fetch("SELECT id FROM item")}

@@ -162,6 +162,26 @@ def test_the_fence_is_reset_by_hand(script):
     assert (script.snapshot.primary, script.snapshot.fence) == ("c", 3)
 
 
+def test_a_replica_that_was_left_behind_does_not_raise_the_fence_again(script):
+    """After a reset: its log still has the timeline that was given up, and nobody may serve reads from that as if it were current."""
+    script.tell(a=primary_says(timeline=1), b=replica_says(), c=replica_says())
+    script.tell(b=primary_says(timeline=2), a=REFUSED, c=replica_says(timeline=2, evidence=2))
+    script.tell(b=REFUSED, a=primary_says(timeline=1), c=replica_says(timeline=None, evidence=2))
+    assert script.snapshot.primary is None
+    script.tracker.reset_fence()
+    assert script.snapshot.primary == "a"
+
+    script.later(1).tell(c=replica_says(lsn=500, timeline=None, evidence=2), a=primary_says(lsn=120, timeline=1))
+    assert (script.snapshot.primary, script.snapshot.fence) == ("a", 1)
+    assert script.snapshot.host("c").timeline == 2
+    assert script.snapshot.host("c").fresh_at is None
+
+    script.tell(c=primary_says(timeline=2))
+    assert (script.snapshot.primary, script.snapshot.fence) == ("c", 2)
+    script.tell(c=REFUSED, b=replica_says(timeline=2))
+    assert (script.snapshot.primary, script.snapshot.fence) == (None, 2)
+
+
 def test_a_read_only_server_is_no_primary(script):
     """`default_transaction_read_only` is how some operators fence."""
     assert script.tell(a=primary_says(read_only=True), b=replica_says(), c=replica_says()).primary is None

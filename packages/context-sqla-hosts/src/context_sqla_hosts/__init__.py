@@ -7,6 +7,7 @@ from ._engine import bind_engine
 from ._floor import Floor, Visit
 from ._metrics import BUCKETS, Metrics, Sample
 from ._monitor import Attachment, Hosts, HostsOptions
+from ._patroni import patroni_members
 from ._position import Position, format_lsn, parse_lsn
 from ._snapshot import HostStatus, Role, Snapshot, State
 from ._tracker import SplitBrain
@@ -45,6 +46,7 @@ __all__ = [
     "bind_engine",
     "format_lsn",
     "parse_lsn",
+    "patroni_members",
     "primary",
     "replica",
 ]

@@ -17,9 +17,10 @@ from ._address import Address, Driver, Login, parse_host, parse_url
 from ._environment import read_environment
 from ._failures import is_about_the_host, is_read_only
 from ._metrics import Metrics
+from ._patroni import Hint
 from ._poller import Poller
 from ._snapshot import Snapshot
-from ._tracker import Event, Failure, Observation, Rules, SplitBrain, Tracker
+from ._tracker import Claim, Event, Failure, Observation, Rules, SplitBrain, Tracker
 from .errors import MonitorError, NoPrimaryError, NoReplicaError, SplitBrainError
 
 logger = logging.getLogger("context_sqla.hosts")
@@ -39,6 +40,7 @@ class HostsOptions(TypedDict, total=False):
     locality: str | None
     localities: Mapping[str, str] | None
     weights: Mapping[str, float] | None
+    patroni: Mapping[str, str] | None
 
 
 class Attachment(Protocol):
@@ -76,6 +78,8 @@ class Hosts:
         locality: where this process is.
         localities: where the hosts are, for `replica(balance="nearest")`.
         weights: the hosts' shares of the reads, 1 where none is given; 0: only if there is no other.
+        patroni: the URLs of the hosts' Patroni REST interfaces, {"db1": "http://db1:8008"}: a host is no primary where another's
+            Patroni says that it leads. A second opinion; what makes a primary is what the server itself says.
 
     Raises:
         ValueError: a number that cannot be, or a host that is named twice or not at all.
@@ -102,6 +106,7 @@ class Hosts:
         locality: str | None = None,
         localities: Mapping[str, str] | None = None,
         weights: Mapping[str, float] | None = None,
+        patroni: Mapping[str, str] | None = None,
     ) -> None:
         if interval <= 0 or timeout <= 0 or max_fails < 1 or not 0 <= jitter < 1:
             raise ValueError("interval and timeout must be above 0, max_fails at least 1, jitter at least 0 and below 1")
@@ -115,6 +120,7 @@ class Hosts:
         self._addresses = _addresses(hosts, port)
         self._login = Login(user, password, database, ssl, driver, dict(driver_options or {}))
         rules = Rules(max_fails, split_brain, require_timeline_evidence, self._keyed(localities), self._keyed(weights))
+        self._hint = Hint(self._keyed(patroni)) if patroni else None
         self._tracker = Tracker(list(self._addresses), rules)
         self._snapshot = self._tracker.snapshot(self.clock())
         self._pollers: dict[str, Poller] = {}
@@ -178,6 +184,8 @@ class Hosts:
         self._without_primary_since = self._hurried_since = self.clock()
         self._publish(())
         self._tasks = [loop.create_task(poller.run(), name=f"watch {poller.host}") for poller in pollers.values()]
+        if self._hint is not None:
+            self._tasks.append(loop.create_task(self._hint.run(self), name="ask Patroni"))
 
     async def aclose(self) -> None:
         """End the watch: no task and no connection is left; it may be started again."""
@@ -396,6 +404,10 @@ class Hosts:
             self.metrics.observe("probe_seconds", now - sent, host=poller.host)
             events = self._tracker.succeeded(poller.host, result, sent, now)
         self._publish(events)
+
+    def advised(self, claims: Mapping[str, Claim]) -> None:
+        """Take what Patroni says of who leads."""
+        self._publish(self._tracker.advised(claims))
 
     # Its own
 

@@ -47,6 +47,18 @@ class Failure(NamedTuple):
     hard: bool
 
 
+class Claim(NamedTuple):
+    """What a member of a Patroni cluster that holds the leader's lock says of itself.
+
+    Args:
+        timeline: of its server.
+        system_identifier: of its cluster.
+    """
+
+    timeline: int
+    system_identifier: int
+
+
 class Event(NamedTuple):
     """What changed, and for which host."""
 
@@ -96,8 +108,8 @@ class _Host:
     """The mutable side of a `HostStatus`."""
 
     __slots__ = (
-        "control", "error", "failures", "fenced", "foreign", "fresh_at", "good", "host", "lsn", "probe_seconds", "read_only",
-        "role", "seen_at", "sent_at", "state", "streaming", "system_identifier", "timeline", "tried",
+        "control", "error", "evidence", "failures", "fenced", "foreign", "fresh_at", "good", "host", "lsn", "probe_seconds",
+        "read_only", "role", "seen_at", "sent_at", "state", "streaming", "system_identifier", "timeline", "tried",
     )  # fmt: skip
 
     def __init__(self, host: str) -> None:
@@ -120,6 +132,7 @@ class _Host:
         """Unlearn what a server that was away may have lost: it may come back rewound."""
         self.timeline: int | None = None
         self.control: int | None = None
+        self.evidence: int | None = None
         self.lsn: int | None = None
         self.fresh_at: float | None = None
         self.read_only: bool = False
@@ -147,7 +160,9 @@ class Tracker:
         self._identity: int | None = None
         self._settled = False  # more than half of the hosts agreed on the identity
         self._fences: dict[int, int] = {}  # of each cluster, for which of them is ours may not be known yet
+        self._forgiven: dict[int, int] = {}  # the fences that were reset by hand: only a primary may raise them again
         self._confirmed: dict[int, int] = {}  # the highest timeline that a follower has shown
+        self._claims: Mapping[str, Claim] = {}
         self._raised = False  # the fence has risen while we watched: there was a failover
         self._split_brain = False
         self._primary: str | None = None
@@ -167,6 +182,8 @@ class Tracker:
         found.streaming = seen.in_recovery and seen.timeline is not None
         if seen.timeline is not None:
             found.timeline = seen.timeline
+        if seen.evidence is not None:
+            found.evidence = seen.evidence
         found.system_identifier = seen.system_identifier
         self._revive(found)
         self._identify()
@@ -186,8 +203,14 @@ class Tracker:
             found.state = "suspect"
         return self._decide()
 
+    def advised(self, claims: Mapping[str, Claim]) -> tuple[Event, ...]:
+        """Take what Patroni says of who leads, and return what it changes; it can forbid a primary, and never make one."""
+        self._claims = claims
+        return self._decide()
+
     def restart(self) -> None:
         """Forget the hosts, who were not watched for a while; the fence and the cluster's identity stay."""
+        self._claims = {}
         self._hosts = {host: _Host(host) for host in self._hosts}
         self._primary = self._primary_lsn = None
 
@@ -195,9 +218,12 @@ class Tracker:
         """Forget the highest timeline, after a restore to an older one; the hosts that answer now set it anew."""
         self._raised, self._primary_lsn = True, None
         self._samples = _Samples()
+        for cluster, timeline in self._fences.items():
+            _raise(self._forgiven, cluster, timeline)
         self._fences.clear()
         self._confirmed.clear()
         for found in self._hosts.values():
+            found.fresh_at = None
             if found.is_live() and found.role == "primary" and found.timeline is not None:
                 _raise(self._fences, found.system_identifier or 0, found.timeline)
         return self._decide()
@@ -250,6 +276,8 @@ class Tracker:
     def _raise_fence(self, found: _Host, seen: Observation) -> None:
         known, old = self._fences.get(seen.system_identifier), self._fence
         highest = max(seen.timeline or 0, (seen.evidence or 0) if seen.in_recovery else 0)
+        if seen.in_recovery and highest <= self._forgiven.get(seen.system_identifier, 0):
+            return  # a replica of the timeline that was given up
         if seen.in_recovery:
             _raise(self._confirmed, seen.system_identifier, highest)
         _raise(self._fences, seen.system_identifier, highest)
@@ -267,6 +295,7 @@ class Tracker:
         for found in claiming:
             fenced = elected is not None and found is not elected and self._rules.split_brain != "first"
             fenced = fenced or (self._rules.split_brain == "fence" and (found.timeline or 0) < (self._fence or 0))
+            fenced = fenced or self._is_forbidden(found)
             if fenced and not found.fenced:
                 self._tell("fenced", found.host)
             found.fenced = fenced
@@ -281,9 +310,19 @@ class Tracker:
         events, self._events = tuple(self._events), []
         return events
 
+    def _is_forbidden(self, found: _Host) -> bool:
+        """Return whether another host leads, as far as Patroni knows.
+
+        A member may say so for seconds after it was demoted: its word counts against timelines that are not newer than its own.
+        """
+        others = [c.timeline for host, c in self._claims.items() if host != found.host and c.system_identifier == self._identity]
+        highest, own = max(others, default=0), found.timeline or 0
+        return highest > own or (highest == own and bool(others) and found.host not in self._claims)
+
     def _elect(self, claiming: list[_Host]) -> _Host | None:
         if not self._is_decided():
             return None
+        claiming = [h for h in claiming if not self._is_forbidden(h)]
         if self._rules.split_brain == "first":
             return claiming[0] if claiming else None
         if self._rules.split_brain == "refuse" and len(claiming) > 1:
@@ -316,6 +355,8 @@ class Tracker:
         """Return the timeline whose log a replica has replayed: never a newer one than it has."""
         if found.timeline is not None:
             return found.timeline
+        if found.evidence is not None and found.evidence > (self._fence or 0):
+            return found.evidence  # one that was given up
         # Without the right to see what it receives: the current one, as long as no failover was seen, else what it has written
         # down at its last checkpoint.
         return found.control if self._raised else self._fence
@@ -324,7 +365,7 @@ class Tracker:
         timeline, lag_bytes = found.timeline, 0 if found.host == self._primary else None
         if found.role == "replica" and found.lsn is not None and not found.foreign and found.is_live():
             timeline = self._branch(found)
-            if timeline is not None:
+            if timeline is not None and timeline <= (self._fence or 0):
                 fresh_at = self._samples.newest(timeline, found.lsn)
                 if fresh_at is not None:
                     found.fresh_at = max(fresh_at, found.fresh_at or fresh_at)

@@ -16,6 +16,7 @@ from context_sqla_hosts import (
     StatusApp,
     at_least,
     bind_engine,
+    patroni_members,
     primary,
     replica,
 )
@@ -24,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 hosts = Hosts(["db1", "db2"], user="app", password=lambda: "secret", weights={"db1": 2})
 assert_type(hosts, Hosts)
 assert_type(Hosts.from_url("postgresql://db1,db2/app", interval=2.0), Hosts)
+assert_type(Hosts(["db1"], patroni={"db1": "http://db1:8008"}), Hosts)
 assert_type(Hosts.from_env({"CONTEXT_SQLA_HOSTS_HOSTS": "db1"}, max_fails=3), Hosts)
 assert_type(StatusApp(hosts, max_lag_ms=500, geos={"db1": "north"}), StatusApp)
 assert_type(primary(hosts, wait=1), Choice)
@@ -43,6 +45,11 @@ own = DBConnect.from_url(
 )
 assert_type(own, DBConnect[Session])
 writes = ReadYourWrites(hosts, db, own, keys=["secret"])
+
+
+async def find() -> None:
+    """Patroni's members are the hosts, and the second opinion."""
+    assert_type(await patroni_members("http://db1:8008", timeout=1), dict[str, str])
 
 
 async def use(engine: AsyncEngine) -> None:
