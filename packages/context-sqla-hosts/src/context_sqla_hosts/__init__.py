@@ -4,6 +4,7 @@ from ._address import Address, Driver
 from ._app import StatusApp
 from ._choice import Balance, Choice, Fallback, at_least, primary, replica
 from ._engine import bind_engine
+from ._failures import is_host_failure
 from ._floor import Floor, Visit
 from ._metrics import BUCKETS, Metrics, Sample
 from ._monitor import Attachment, Hosts, HostsOptions
@@ -44,6 +45,7 @@ __all__ = [
     "at_least",
     "bind_engine",
     "format_lsn",
+    "is_host_failure",
     "parse_lsn",
     "primary",
     "replica",

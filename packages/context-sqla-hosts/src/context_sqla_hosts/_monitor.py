@@ -15,7 +15,7 @@ from context_sqla.errors import ForeignLoopError
 
 from ._address import Address, Driver, Login, parse_host, parse_url
 from ._environment import read_environment
-from ._failures import is_about_the_host, is_read_only
+from ._failures import is_host_failure, is_read_only
 from ._metrics import Metrics
 from ._poller import Poller
 from ._snapshot import Snapshot
@@ -320,7 +320,7 @@ class Hosts:
         """
         key = self.key(host)
         poller = self._pollers.get(key)
-        if self._loop is None or poller is None or not is_about_the_host(exc):
+        if self._loop is None or poller is None or not is_host_failure(exc):
             return False
         self.metrics.add("reports_total", host=key)
         anew = is_read_only(exc)
