@@ -23,6 +23,7 @@ from ._tracker import Event, Failure, Observation, Rules, SplitBrain, Tracker
 from .errors import MonitorError, NoPrimaryError, NoReplicaError, SplitBrainError
 
 logger = logging.getLogger("context_sqla.hosts")
+_running = asyncio._get_running_loop  # None where none runs; every choice of a host asks
 
 
 class HostsOptions(TypedDict, total=False):
@@ -492,13 +493,6 @@ def _guarded(function: Callable[[Any], Any], argument: object) -> Any:
         return function(argument)
     except Exception:
         logger.exception("%r failed; the watch goes on", function)
-        return None
-
-
-def _running() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
         return None
 
 
