@@ -62,16 +62,16 @@ async def test_a_host_that_says_nothing_times_out(driver):
 
 async def test_an_error_of_our_own_does_not_end_the_watch(unused_port, caplog):
     """It is logged with its traceback, and the next probe comes."""
+    hosts = Hosts([f"127.0.0.1:{unused_port}"], interval=0.01)
+    errors, answered = [ZeroDivisionError()], hosts._watch.answered
 
-    class Faulty(Hosts):
-        errors = [ZeroDivisionError()]
+    def faulty(*args):
+        if errors:
+            raise errors.pop()
+        answered(*args)
 
-        def answered(self, *args):
-            if self.errors:
-                raise self.errors.pop()
-            super().answered(*args)
-
-    async with Faulty([f"127.0.0.1:{unused_port}"], interval=0.01) as hosts:
+    hosts._watch.answered = faulty
+    async with hosts:
         await hosts.ready(primary=False, timeout=30)
 
     assert "ZeroDivisionError" in caplog.text

@@ -7,10 +7,11 @@ from ._engine import bind_engine
 from ._failures import is_host_failure
 from ._floor import Floor, Visit
 from ._metrics import BUCKETS, Metrics, Sample
-from ._monitor import Attachment, Hosts, HostsOptions
+from ._monitor import Hosts, HostsOptions
 from ._position import Position, format_lsn, parse_lsn
 from ._snapshot import HostStatus, Role, Snapshot, State
 from ._tracker import SplitBrain
+from ._watch import Attachment
 from ._writes import ReadYourWrites, ReadYourWritesMiddleware
 from .errors import MonitorError, NoHostError, NoPrimaryError, NoReplicaError, SplitBrainError
 

@@ -11,6 +11,7 @@ from context_sqla import DBConnect
 
 from ._engine import Following, watch_engine
 from ._floor import Floor, visit_of
+from ._metrics import Figure
 from ._monitor import Hosts
 from ._position import Position
 from ._snapshot import HostStatus, Snapshot
@@ -120,6 +121,7 @@ class _Replica(Choice):
             for outcome in ("replica", "primary", "stale", "none")
         }
         self._chosen = self._figures["replica"]
+        self._hit, self._miss = Figure(), Figure()
 
     async def __call__(self, connect: DBConnect[Any]) -> str:
         if self._latest() is not connect:
@@ -143,16 +145,19 @@ class _Replica(Choice):
         """Return what the session has to see."""
         return None
 
-    def _at_once(self, floor: Floor | None) -> str | None:
+    def _at_once(self, floor: Floor | None, *, undecided: bool = False) -> str | None:
         """Return a replica where one is known; this is nearly every session, and costs it less than a microsecond."""
         hosts = self.hosts
-        if not hosts.is_watching:
+        snapshot = hosts.snapshot()
+        if not hosts.is_watching or not (snapshot.decided or undecided):
             return None
-        if hosts.snapshot() is not self._seen or self._clock() >= self._until:
+        if snapshot is not self._seen or self._clock() >= self._until:
             self._look()
         if (found := self._next() if floor is None else self._next_at(floor)) is None:
             return None
         self._chosen.value += 1
+        if floor is not None:
+            self._hit.value += 1
         return found.host
 
     def _next(self) -> HostStatus | None:
@@ -176,20 +181,13 @@ class _Replica(Choice):
         able = [status for status in self._good if there(status)] or [status for status in self._found if there(status)]
         return self._balanced(able) if able else None
 
-    async def _in_time(self, floor: Floor | None) -> str:  # noqa: ARG002  # that of a subclass
-        """Return a replica as soon as the hosts have answered for the first time, or what else there is."""
-        if not await self._is_decided():
-            return await self._fall_back("no replica is fresh enough")
-        return self._at_once(None) or await self._fall_back("no replica is fresh enough")
-
-    async def _is_decided(self) -> bool:
-        """Wait until each host was tried once, and return whether that is so."""
-        self.hosts.primary_now()  # raises where nobody watches
-        if not self.hosts.snapshot().decided:
-            await self._first_snapshot()
-        return self.hosts.snapshot().decided
+    async def _in_time(self, floor: Floor | None) -> str:
+        """Return a replica as soon as each host was tried once, or what else there is."""
+        await self._first_snapshot()
+        return self._at_once(floor, undecided=True) or await self._fall_back("no replica is fresh enough")
 
     async def _first_snapshot(self) -> None:
+        self.hosts.primary_now()  # raises where nobody watches
         deadline = self.hosts.clock() + self._wait
         while not self.hosts.snapshot().decided:
             if not await self.hosts.changed(deadline - self.hosts.clock()):
@@ -217,9 +215,10 @@ class _Replica(Choice):
         """Work out whom to choose from: once for a snapshot, until one of them is too old."""
         snapshot, now = self.hosts.snapshot(), self._clock()
         self._seen, self._fence = snapshot, snapshot.fence
-        self._found = [s for s in snapshot.hosts if self._qualifies(s, now)] if snapshot.decided else []
+        self._found = [status for status in snapshot.hosts if self._qualifies(status, now)]
         self._good = self._preferred(self._found, now) if len(self._found) > 1 else self._found
-        self._until = min(map(self._expiry, self._good), default=math.inf)
+        limited = self._max_lag is not None or self._max_lag_bytes is not None
+        self._until = min(map(self._expiry, self._found if limited else self._good), default=math.inf)
         if self._balance in ("least_lag", "nearest") and self._good:
             self._in_turn = [self._balanced(self._good)]
         else:
@@ -290,18 +289,12 @@ class _AtLeast(_Replica):
             return visit.needs()
         return floor
 
-    def _at_once(self, floor: Floor | None) -> str | None:
-        found = super()._at_once(floor)
-        if floor is not None and found is not None:
-            self._hit.value += 1
-        return found
-
     async def _in_time(self, floor: Floor | None) -> str:
         if floor is None:
             return await super()._in_time(None)
-        await self._is_decided()
+        await self._first_snapshot()
         if isinstance(floor, Position) and self._is_plausible(floor):
-            found = self._at_once(floor) or await self._refreshed(floor)
+            found = self._at_once(floor, undecided=True) or await self._refreshed(floor)
             if found is not None:
                 return found
         self._miss.value += 1
@@ -323,7 +316,7 @@ class _AtLeast(_Replica):
             if not replicas:
                 return None
             await hosts.refresh(*replicas, timeout=left)
-            if (found := self._at_once(floor)) is not None:
+            if (found := self._at_once(floor, undecided=True)) is not None:
                 return found
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)
