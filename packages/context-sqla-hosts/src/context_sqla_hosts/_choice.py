@@ -284,7 +284,10 @@ class _AtLeast(_Replica):
         self._hit, self._miss = (hosts.metrics.figure("ryow_total", outcome=outcome) for outcome in ("replica", "primary"))
 
     def _wanted(self) -> Floor | None:
-        floor = self._floor() if callable(self._floor) else self._floor
+        given = self._floor
+        if isinstance(given, Position):
+            return given
+        floor = None if given is None else "primary" if isinstance(given, str) else given()
         if floor is None and (visit := visit_of(self.hosts)) is not None:
             return visit.needs()
         return floor

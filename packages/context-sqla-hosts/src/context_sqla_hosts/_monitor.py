@@ -17,7 +17,6 @@ from ._poller import Poller
 from ._snapshot import Snapshot
 from ._tracker import Rules, SplitBrain, Tracker
 from ._watch import Attachment, Watch, running_loop
-from .errors import NoPrimaryError, NoReplicaError, SplitBrainError
 
 
 class HostsOptions(TypedDict, total=False):
@@ -200,6 +199,8 @@ class Hosts:
         if primary and snapshot.primary is None:
             raise self._no_primary(timeout)
         if not _is_ready(snapshot, primary, replicas):
+            from .errors import NoReplicaError  # not before: it brings SQLAlchemy along
+
             raise NoReplicaError(f"{replicas} replicas were wanted, waited {timeout:g} s", snapshot)
         return snapshot
 
@@ -319,7 +320,9 @@ class Hosts:
             raise ValueError(f"not among the hosts: {', '.join(sorted(unknown))}")
         return keyed
 
-    def _no_primary(self, wait: float) -> NoPrimaryError:
+    def _no_primary(self, wait: float) -> Exception:
+        from .errors import NoPrimaryError, SplitBrainError
+
         snapshot = self._watch.snapshot
         if snapshot.split_brain:
             message = f"several hosts say that they are the primary and none can be preferred, waited {wait:g} s"

@@ -8,8 +8,6 @@ import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from context_sqla.errors import DriverError
-
 from ._address import Address, Driver, Login
 from ._position import end_of_record
 from ._tracker import Failure, Observation
@@ -177,6 +175,8 @@ def make_probe(address: Address, login: Login) -> Probe:
         with contextlib.suppress(ImportError):
             __import__(driver)
             return AsyncpgProbe(address, login) if driver == "asyncpg" else PsycopgProbe(address, login)
+    from context_sqla.errors import DriverError  # not before: it brings SQLAlchemy along
+
     raise DriverError(f"no driver for the monitor: pip install 'context-sqla-hosts[{wanted[0]}]'")
 
 

@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from context_sqla.errors import ForeignLoopError
-
 from ._metrics import Metrics
 from ._poller import Poller
 from ._snapshot import Snapshot
 from ._tracker import Event, Failure, Observation, Tracker
-from .errors import MonitorError
 
 logger = logging.getLogger("context_sqla.hosts")
 running_loop = asyncio._get_running_loop  # None where none runs; every choice of a host asks
@@ -72,6 +69,8 @@ class Watch:
             MonitorError: it watches already.
         """
         if self.loop is not None:
+            from .errors import MonitorError
+
             raise MonitorError(f"{self!r} is started already")
         loop = asyncio.get_running_loop()
         self._tracker.restart()
@@ -106,10 +105,15 @@ class Watch:
             MonitorError: they are not watched.
             ForeignLoopError: they are watched in another event loop.
         """
+        if self.loop is not None and self.loop is running_loop():
+            return
+        from context_sqla.errors import ForeignLoopError  # not before: it brings SQLAlchemy along
+
+        from .errors import MonitorError
+
         if self.loop is None:
             raise MonitorError(f"{self!r} is not started; write 'async with hosts:' in the lifespan of the application")
-        if self.loop is not running_loop():
-            raise ForeignLoopError(f"{self!r} watches in another event loop; each event loop needs its own")
+        raise ForeignLoopError(f"{self!r} watches in another event loop; each event loop needs its own")
 
     async def changed(self, timeout: float | None) -> bool:
         """Wait for the next snapshot, and return whether it came in time."""
