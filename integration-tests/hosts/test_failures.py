@@ -22,6 +22,10 @@ _END_ME = "SELECT pg_terminate_backend(pg_backend_pid())"
         ("killed while a client connects", True),
         ("ended by an administrator", True),
         ("a write on a replica", True),
+        ("a password that is wrong", False),
+        ("a database that is not there", False),
+        ("a role that is not there", False),
+        ("a role with too many connections", False),
         ("a row that exists", False),
         ("wrong SQL", False),
         ("a statement that takes too long", False),
@@ -35,13 +39,23 @@ async def test_an_error_tells_whether_the_server_is_lost(calm, driver, what, los
         "wrong SQL": ["SELEKT"],
         "a statement that takes too long": ["SET statement_timeout = 10", "SELECT pg_sleep(10)"],
     }.get(what, [_INSERT])
+    user, password, database = {
+        "a password that is wrong": (USER, "wrong", DATABASE),
+        "a database that is not there": (USER, PASSWORD, "nowhere"),
+        "a role that is not there": ("nobody_at_all", PASSWORD, DATABASE),
+        "a role with too many connections": ("full_role", PASSWORD, DATABASE),
+    }.get(what, (USER, PASSWORD, DATABASE))
+    if user == "full_role":
+        await calm[0].execute(
+            "DROP ROLE IF EXISTS full_role", f"CREATE ROLE full_role LOGIN PASSWORD '{PASSWORD}' CONNECTION LIMIT 0"
+        )
     async with hangs_up() as mute:
         address = {
             "no server": f"127.0.0.1:{free_port()}",
             "killed while a client connects": mute,
             "a write on a replica": calm[1].address,
         }.get(what, calm[0].address)
-        engine = create_async_engine(f"postgresql+{driver}://{USER}:{PASSWORD}@{address}/{DATABASE}")
+        engine = create_async_engine(f"postgresql+{driver}://{user}:{password}@{address}/{database}")
         with pytest.raises(Exception) as caught:
             async with engine.connect() as connection:
                 for statement in statements:
