@@ -247,7 +247,7 @@ def demo(session: nox.Session) -> None:
     if chosen.failover:  # beside a session with --cluster, whose environment is left alone; it needs nothing of it
         session.run(sys.executable, "examples/primary_replica/failover.py", *others, external=True)
     elif chosen.cluster:
-        install(session, "demo", "cluster", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
+        install(session, "demo", "demo-cluster", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
         session.run("python", "examples/primary_replica/cluster.py", *others)
     else:
         install(session, "demo", packages=FRAMEWORKS[chosen.framework])
