@@ -29,18 +29,19 @@ async def test_a_choice_costs_less_than_a_microsecond(calm, figure):
             hosts.snapshot().primary
 
         async with following(choices["primary"]) as db:
-            best = {"hosts.snapshot().primary": await nanoseconds(known)}
+            best = {"hosts.snapshot().primary": await nanoseconds(hosts, known)}
             for name, choice in choices.items():
-                best[f"handler {name}"] = await nanoseconds(choice, db)
+                best[f"handler {name}"] = await nanoseconds(hosts, choice, db)
     for name, figures in best.items():
         figure(f"lookup, {name}, ns", round(figures), "< 1,000")
 
     assert max(best.values()) < 10_000  # ten times what is wanted
 
 
-async def nanoseconds(function, *arguments):
+async def nanoseconds(hosts, function, *arguments):
     best = float("inf")
     for _ in range(ROUNDS):
+        await hosts.refresh()  # the rounds do not let the event loop run, and what is known would be old
         start = time.thread_time_ns()
         for _ in range(CALLS):
             await function(*arguments)

@@ -175,6 +175,19 @@ async def test_a_choice_that_was_right_ends_with_its_limit(hosts):
         assert len(await many(choice)) == 2
 
 
+async def test_a_replica_that_gets_stale_is_used_last(hosts):
+    """One that was looked at lately comes first, from the moment on at which the other is too old."""
+    hosts.tell_all()
+    hosts.time += 1
+    hosts.replica_says("c")
+    choice = replica(hosts)
+    assert len(await many(choice)) == 2
+    hosts.time += hosts.stale_after - 0.9
+    assert await many(choice) == {"c:5432": 100}
+    hosts.time += 1
+    assert len(await many(choice)) == 2
+
+
 async def test_a_replica_whose_lag_is_unknown_does_not_qualify(hosts):
     """Unknown is not zero."""
     hosts.primary_says("a")

@@ -199,11 +199,14 @@ class _Replica(Choice):
             return False
         if self._max_lag is None and self._max_lag_bytes is None:
             return True
-        if status.seen_at is None or now - status.seen_at > self.hosts.stale_after:
+        if not self._is_fresh(status, now):
             return False
         if self._max_lag is not None and (status.fresh_at is None or now - status.fresh_at > self._max_lag):
             return False
         return self._max_lag_bytes is None or (status.lag_bytes is not None and status.lag_bytes <= self._max_lag_bytes)
+
+    def _is_fresh(self, status: HostStatus, now: float) -> bool:
+        return status.seen_at is not None and now - status.seen_at <= self.hosts.stale_after
 
     def _candidates(self) -> list[HostStatus]:
         """Return the replicas to choose from."""
@@ -218,7 +221,8 @@ class _Replica(Choice):
         self._found = [status for status in snapshot.hosts if self._qualifies(status, now)]
         self._good = self._preferred(self._found, now) if len(self._found) > 1 else self._found
         limited = self._max_lag is not None or self._max_lag_bytes is not None
-        self._until = min(map(self._expiry, self._found if limited else self._good), default=math.inf)
+        fresh = self._found if limited else [status for status in self._good if self._is_fresh(status, now)]
+        self._until = min(map(self._expiry, fresh), default=math.inf)  # what is stale stays so until the next snapshot
         if self._balance in ("least_lag", "nearest") and self._good:
             self._in_turn = [self._balanced(self._good)]
         else:
@@ -233,9 +237,7 @@ class _Replica(Choice):
     def _preferred(self, found: list[HostStatus], now: float) -> list[HostStatus]:
         """Leave out hosts that are in doubt, suspect, stale or without weight, unless there are no others."""
         hosts = self.hosts
-        good = [
-            s for s in found if s.state == "up" and not hosts.in_doubt(s.host) and now - (s.seen_at or 0) <= hosts.stale_after
-        ]
+        good = [s for s in found if s.state == "up" and not hosts.in_doubt(s.host) and self._is_fresh(s, now)]
         return [s for s in good or found if s.weight > 0] or good or found
 
     def _balanced(self, found: list[HostStatus]) -> HostStatus:
