@@ -325,7 +325,7 @@ class _AtLeast(_Replica):
                 return found
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)
-        return None
+        return self._at_once(floor, undecided=True)  # somebody else's probe may have come back meanwhile
 
     def allows(self, host: str) -> bool:
         return bool(host)  # the position is asked for when a session begins; a pool knows no sessions
