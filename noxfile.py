@@ -296,12 +296,24 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Start an example; `-- --framework NAME` chooses which, `-- --check` makes the requests itself and ends."""
+    """Start an example; `-- --framework NAME` chooses which, `-- --check` makes the requests itself and ends.
+
+    `-- --cluster` starts a primary with two replicas and the application on them, `-- --failover` kills that primary under load.
+    """
     parser = argparse.ArgumentParser(prog="nox -s demo --", add_help=False)
-    parser.add_argument("--framework", choices=FRAMEWORKS, default="fastapi")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--framework", choices=FRAMEWORKS, default="fastapi")
+    what.add_argument("--cluster", action="store_true")
+    what.add_argument("--failover", action="store_true")
     chosen, others = parser.parse_known_args(session.posargs)
-    install(session, "demo", packages=FRAMEWORKS[chosen.framework])
-    session.run("python", f"examples/{chosen.framework}/app.py", *others)
+    if chosen.failover:  # beside a session with --cluster, whose environment is left alone; it needs nothing of it
+        session.run(sys.executable, "examples/primary_replica/failover.py", *others, external=True)
+    elif chosen.cluster:
+        install(session, "demo", "demo-cluster", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
+        session.run("python", "examples/primary_replica/cluster.py", *others)
+    else:
+        install(session, "demo", packages=FRAMEWORKS[chosen.framework])
+        session.run("python", f"examples/{chosen.framework}/app.py", *others)
 
 
 def built(session: nox.Session) -> Path:

@@ -6,11 +6,11 @@ from context_sqla_hosts import Position, at_least, primary, replica
 
 from .load import following, watch
 
-ROUNDS = 20_000
+ROUNDS, CALLS = 20, 5_000
 
 
-async def test_a_choice_costs_about_a_microsecond(calm, figure):
-    """Less than a thousandth of a round trip to a sidecar; the figures are the best of five rounds."""
+async def test_a_choice_costs_less_than_a_microsecond(calm, figure):
+    """Less than a thousandth of a round trip to a sidecar; the figures are the CPU time of the best of twenty rounds."""
     async with watch(calm) as hosts:
         await hosts.ready(replicas=2)
         while any(status.lag() is None for status in hosts.snapshot()):
@@ -18,25 +18,32 @@ async def test_a_choice_costs_about_a_microsecond(calm, figure):
         end = hosts.snapshot().host(calm[1].address).lsn
         choices = {
             "primary": primary(hosts),
+            "replica": replica(hosts),
             "replica(max_lag)": replica(hosts, max_lag=60),
+            "replica(least_lag)": replica(hosts, balance="least_lag"),
             "at_least(position)": at_least(hosts, lsn=Position(1, end)),
+            "at_least, no position": at_least(hosts),
         }
-        async with following(choices["primary"]) as db:
-            best = {name: min([await nanoseconds(choice, db) for _ in range(5)]) for name, choice in choices.items()}
-        start = time.perf_counter_ns()
-        for _ in range(ROUNDS):
+
+        async def known():
             hosts.snapshot().primary
-        known = (time.perf_counter_ns() - start) / ROUNDS
-    figure("lookup, hosts.snapshot().primary, ns", round(known), "< 1,000")
+
+        async with following(choices["primary"]) as db:
+            best = {"hosts.snapshot().primary": await nanoseconds(hosts, known)}
+            for name, choice in choices.items():
+                best[f"handler {name}"] = await nanoseconds(hosts, choice, db)
     for name, figures in best.items():
-        figure(f"lookup, handler {name}, ns", round(figures))
+        figure(f"lookup, {name}, ns", round(figures), "< 1,000")
 
-    assert known < 10_000
-    assert best["primary"] < 100_000
+    assert max(best.values()) < 10_000  # ten times what is wanted
 
 
-async def nanoseconds(choice, db):
-    start = time.perf_counter_ns()
+async def nanoseconds(hosts, function, *arguments):
+    best = float("inf")
     for _ in range(ROUNDS):
-        await choice(db)
-    return (time.perf_counter_ns() - start) / ROUNDS
+        await hosts.refresh()  # the rounds do not let the event loop run, and what is known would be old
+        start = time.thread_time_ns()
+        for _ in range(CALLS):
+            await function(*arguments)
+        best = min(best, time.thread_time_ns() - start)
+    return best / CALLS

@@ -18,8 +18,8 @@ NO_ADAPTERS = {CORE, "context-sqla-hosts", "context-sqla-pytest"}
 # deferred constraints, sessions outside of units, captured callbacks.
 CORE_BUDGET = 2_660
 CORE_MODULE_BUDGET = 300
-# It watches, chooses, follows engines, carries positions, and answers over HTTP: a sidecar is a third of it. Raised from 3,200
-# for the second opinion from Patroni.
+# It watches, chooses, follows engines, carries positions, and answers over HTTP: a sidecar is a third of it. Raised from 3,200 by the
+# second opinion from Patroni, what keeps SQLAlchemy out of the sidecar, and the choice of a replica below a microsecond.
 HOSTS = "context-sqla-hosts"
 HOSTS_BUDGET = 3_300
 HOSTS_MODULE_BUDGET = 330

@@ -35,13 +35,11 @@ class Told(Hosts):
     def __init__(self, hosts: list[str], **options: Any) -> None:
         self.time = 1_000.0
         super().__init__(hosts, **options)
-
-    def clock(self) -> float:
-        return self.time
+        self._watch.clock = lambda: self.time
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._pollers = {host: Listener(host) for host in self._addresses}  # type: ignore[misc]
+        self._watch.loop = asyncio.get_running_loop()
+        self._watch.pollers = {host: Listener(host) for host in self._addresses}  # type: ignore[misc]
 
     def primary_says(self, host: str, lsn: int = 100, timeline: int = 1, *, ago: float = 0.0, **more: Any) -> None:
         """Let a server say that it is a primary, in answer to a probe that was sent so long ago."""
@@ -57,9 +55,9 @@ class Told(Hosts):
 
     def tell(self, host: str, said: Observation | Failure, ago: float = 0.0) -> None:
         """Let a probe come back, and answer who waits for it."""
-        poller = self._pollers[self.key(host)]
+        poller = self._watch.pollers[self.key(host)]
         poller.doubted = False
-        self.answered(poller, said, self.time - ago)
+        self._watch.answered(poller, said, self.time - ago)
         for future in poller.asked:  # type: ignore[attr-defined]
             if not future.done():
                 future.set_result(None)

@@ -164,6 +164,30 @@ async def test_what_nobody_has_looked_at_for_long_is_not_within_any_limit(hosts)
     assert len(await many(replica(hosts))) == 2
 
 
+async def test_a_choice_that_was_right_ends_with_its_limit(hosts):
+    """Time passes without news: what was worked out for the last news counts no longer."""
+    hosts.tell_all()
+    for choice in (replica(hosts, max_lag=1), at_least(hosts, lsn=Position(1, 100), max_lag=1, wait=0)):
+        assert len(await many(choice)) == 2
+        hosts.time += 1.1
+        assert await many(choice) == {"a:5432": 100}
+        hosts.tell_all()
+        assert len(await many(choice)) == 2
+
+
+async def test_a_replica_that_gets_stale_is_used_last(hosts):
+    """One that was looked at lately comes first, from the moment on at which the other is too old."""
+    hosts.tell_all()
+    hosts.time += 1
+    hosts.replica_says("c")
+    choice = replica(hosts)
+    assert len(await many(choice)) == 2
+    hosts.time += hosts.stale_after - 0.9
+    assert await many(choice) == {"c:5432": 100}
+    hosts.time += 1
+    assert len(await many(choice)) == 2
+
+
 async def test_a_replica_whose_lag_is_unknown_does_not_qualify(hosts):
     """Unknown is not zero."""
     hosts.primary_says("a")
@@ -243,6 +267,18 @@ async def test_a_position_is_looked_for_on_every_replica(hosts):
     assert await many(at_least(hosts, lsn="primary")) == {"a:5432": 100}
 
 
+@pytest.mark.parametrize("balance", ["round_robin", "random"])
+async def test_those_that_have_a_position_share_the_reads_evenly(told, balance):
+    """The turns of one that is behind are spread over all others, and not left to its neighbour."""
+    async with told(["a", "b", "c", "d"]) as hosts:
+        hosts.tell_all(lsn=100)
+        hosts.replica_says("c", lsn=50)
+        found = await many(at_least(hosts, lsn=Position(1, 100), balance=balance), 1_000)
+
+    assert set(found) == {"b:5432", "d:5432"}
+    assert balance == "random" or abs(found["b:5432"] - 500) <= 20
+
+
 async def test_a_position_of_another_timeline_is_the_primarys_affair(hosts):
     """What was written before a failover may be gone; what comes from a later one is not known here yet."""
     hosts.tell_all(lsn=500, timeline=2)
@@ -265,9 +301,9 @@ async def test_a_session_waits_a_little_for_a_position(hosts):
     hosts.tell_all(lsn=500, replayed=400)
     choosing = asyncio.ensure_future(at_least(hosts, lsn=lambda: Position(1, 500), wait=60).choose())
     for lsn in itertools.chain(range(410, 500, 30), [500]):
-        while not hosts._pollers["b:5432"].asked:
+        while not hosts._watch.pollers["b:5432"].asked:
             await asyncio.sleep(0)
-        hosts._pollers["b:5432"].asked.pop().set_result(None)
+        hosts._watch.pollers["b:5432"].asked.pop().set_result(None)
         hosts.replica_says("b", lsn=lsn)
 
     assert await choosing == "b:5432"

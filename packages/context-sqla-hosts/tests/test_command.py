@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from importlib.metadata import version
 
 import pytest
 from context_sqla_hosts import HostStatus, Snapshot
@@ -78,6 +79,29 @@ def test_settings_that_cannot_be_used_are_3(capsys, arguments, variables, messag
     assert status == 3
     assert message in err
     assert SECRET not in err
+
+
+def test_a_sidecar_is_small():
+    """It needs no SQLAlchemy, which is larger than everything else in it; an application gets all names from the same place."""
+    code = """
+import sys
+import context_sqla_hosts, context_sqla_hosts._command
+for name in ("sqlalchemy", "context_sqla", "importlib.metadata"):
+    assert name not in sys.modules, name
+assert all(hasattr(context_sqla_hosts, name) for name in context_sqla_hosts.__all__)
+assert set(context_sqla_hosts.__all__) <= set(dir(context_sqla_hosts))
+assert not hasattr(context_sqla_hosts, "nonsense")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_tells_its_version():
+    """As every command does."""
+    done = subprocess.run([sys.executable, "-m", "context_sqla_hosts", "--version"], capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (0, f"{version('context-sqla-hosts')}\n")
 
 
 def test_there_is_no_option_for_a_password(capsys):

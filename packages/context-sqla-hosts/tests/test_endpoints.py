@@ -319,7 +319,7 @@ async def test_hosts_of_one_name_are_told_apart_by_their_port(told):
 
 async def asked(hosts, host):
     """Wait until somebody waits for a probe of this host."""
-    while not any(not future.done() for future in hosts._pollers[host].asked):
+    while not any(not future.done() for future in hosts._watch.pollers[host].asked):
         await asyncio.sleep(0)
 
 

@@ -7,8 +7,9 @@ import os
 import pytest
 from context_sqla import DriverError
 from context_sqla_hosts import Hosts, MonitorError, NoPrimaryError, NoReplicaError
-from context_sqla_hosts._address import Address, Login
+from context_sqla_hosts._address import Address, Login, SecretError
 from context_sqla_hosts._probe import classify, make_probe
+from psycopg import OperationalError
 
 
 async def test_it_runs_once_and_can_run_again(unused_port):
@@ -62,16 +63,16 @@ async def test_a_host_that_says_nothing_times_out(driver):
 
 async def test_an_error_of_our_own_does_not_end_the_watch(unused_port, caplog):
     """It is logged with its traceback, and the next probe comes."""
+    hosts = Hosts([f"127.0.0.1:{unused_port}"], interval=0.01)
+    errors, answered = [ZeroDivisionError()], hosts._watch.answered
 
-    class Faulty(Hosts):
-        errors = [ZeroDivisionError()]
+    def faulty(*args):
+        if errors:
+            raise errors.pop()
+        answered(*args)
 
-        def answered(self, *args):
-            if self.errors:
-                raise self.errors.pop()
-            super().answered(*args)
-
-    async with Faulty([f"127.0.0.1:{unused_port}"], interval=0.01) as hosts:
+    hosts._watch.answered = faulty
+    async with hosts:
         await hosts.ready(primary=False, timeout=30)
 
     assert "ZeroDivisionError" in caplog.text
@@ -210,6 +211,11 @@ async def test_a_forked_process_does_not_watch(hosts):
     assert hosts.primary_now() == "a:5432"
 
 
+def refused(reason):
+    """What psycopg raises where a server refuses a login: it has no SQLSTATE."""
+    return OperationalError(f'connection failed: connection to server at "127.0.0.1", port 5432 failed: FATAL:  {reason}')
+
+
 class Told(Exception):
     """What a driver raises."""
 
@@ -233,6 +239,19 @@ class Told(Exception):
         (ConnectionResetError(), "closed", True),
         (OSError(24, "too many open files"), "files", False),
         (ValueError(), "error", False),
+        (SecretError(), "password", False),
+        (refused('password authentication failed for user "the_database"'), "login", False),
+        (refused('no pg_hba.conf entry for host "::1", user "app", database "first", no encryption'), "login", False),
+        (refused('role "app" does not exist'), "login", False),
+        (refused('database "first" does not exist'), "database", False),
+        (refused("sorry, too many clients already"), "full", False),
+        (refused('remaining connection slots are reserved for roles with privileges of the "x" role'), "full", False),
+        (refused("the database system is starting up"), "starting", True),
+        (refused("the database system is not yet accepting connections"), "starting", True),
+        (refused("terminating connection due to administrator command"), "closed", True),
+        (refused("something new"), "error", False),
+        (OperationalError("consuming input failed: server closed the connection unexpectedly"), "closed", True),
+        (OperationalError("connection is bad: connection to server at ... failed: Connection refused"), "refused", True),
     ],
 )
 def test_a_failure_is_one_word(error, kind, hard):

@@ -88,12 +88,12 @@ async def test_a_host_is_no_primary_where_another_leads(hosts, rival):
     """Though its own server says that it is one, and no newer timeline was seen: it is fenced, and there is none."""
     hosts.tell_all()
     assert hosts.primary_now() == "a:5432"
-    hosts.advised({"b:5432": Claim(rival, CLUSTER)})
+    hosts._watch.advised({"b:5432": Claim(rival, CLUSTER)})
     snapshot = hosts.snapshot()
 
     assert snapshot.primary is None
     assert snapshot.host("a:5432").fenced
-    hosts.advised({})
+    hosts._watch.advised({})
     assert hosts.primary_now() == "a:5432"
 
 
@@ -102,7 +102,7 @@ async def test_it_makes_no_primary(hosts):
     hosts.replica_says("a")
     hosts.replica_says("b")
     hosts.replica_says("c")
-    hosts.advised({"b:5432": Claim(1, CLUSTER)})
+    hosts._watch.advised({"b:5432": Claim(1, CLUSTER)})
     assert hosts.snapshot().primary is None
     hosts.fails("b")
 
@@ -112,10 +112,10 @@ async def test_it_makes_no_primary(hosts):
 async def test_who_was_demoted_may_say_for_a_while_that_it_leads(hosts):
     """Its word does not count against a newer timeline; and where both say it on one timeline, it is no opinion."""
     hosts.tell_all()
-    hosts.advised({"a:5432": Claim(1, CLUSTER), "b:5432": Claim(1, CLUSTER)})
+    hosts._watch.advised({"a:5432": Claim(1, CLUSTER), "b:5432": Claim(1, CLUSTER)})
     assert hosts.snapshot().primary == "a:5432"
     hosts.primary_says("b", 120, timeline=2)
-    hosts.advised({"a:5432": Claim(1, CLUSTER)})
+    hosts._watch.advised({"a:5432": Claim(1, CLUSTER)})
 
     assert hosts.snapshot().primary == "b:5432"
 
@@ -126,7 +126,7 @@ async def test_it_decides_between_two_of_one_timeline(hosts):
     hosts.primary_says("b")
     hosts.fails("c")
     assert hosts.snapshot().primary is None
-    hosts.advised({"b:5432": Claim(1, CLUSTER)})
+    hosts._watch.advised({"b:5432": Claim(1, CLUSTER)})
 
     assert hosts.snapshot().primary == "b:5432"
 
@@ -134,7 +134,7 @@ async def test_it_decides_between_two_of_one_timeline(hosts):
 async def test_another_cluster_has_no_say(hosts):
     """As where the URL of a wrong one was given."""
     hosts.tell_all()
-    hosts.advised({"b:5432": Claim(9, CLUSTER + 1)})
+    hosts._watch.advised({"b:5432": Claim(9, CLUSTER + 1)})
 
     assert hosts.snapshot().primary == "a:5432"
 

@@ -1,5 +1,7 @@
 """Tokens that visitors carry: nobody else can make one, and none counts for ever."""
 
+import hmac
+
 import pytest
 from context_sqla_hosts import Position
 from context_sqla_hosts._token import Tokens
@@ -25,6 +27,17 @@ def test_keys_rotate():
 
     assert Tokens([NEW, OLD], 60).read(signed, CLUSTER, NOW)[1] == "ok"
     assert Tokens([NEW], 60).read(signed, CLUSTER, NOW)[1] == "forged"
+
+
+@pytest.mark.parametrize("signer", [0, 1, 2, None])
+def test_which_key_fits_does_not_show(signer, monkeypatch):
+    """Every key is tried, in a comparison that takes the same time wherever it fails."""
+    keys, compared, compare = [f"key number {number} of three" for number in range(3)], [], hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda one, other: compared.append(other) or compare(one, other))
+    signed = Tokens(["another key altogether" if signer is None else keys[signer]], 60).sign("primary", CLUSTER, NOW)
+
+    assert Tokens(keys, 60).read(signed, CLUSTER, NOW)[1] == ("forged" if signer is None else "ok")
+    assert len(set(compared)) == len(keys)
 
 
 @pytest.mark.parametrize(("later", "verdict"), [(60, "ok"), (61, "expired"), (-5, "ok"), (-6, "expired")])

@@ -24,6 +24,10 @@ class Address(NamedTuple):
         return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
 
 
+class SecretError(Exception):
+    """Tell that the function which returns the password has failed; what it said may have the password in it (P20)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Login:
     """How to reach any of the hosts; its repr shows no password (P20)."""
@@ -36,8 +40,17 @@ class Login:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def secret(self) -> str | None:
-        """Return the password as it is now."""
-        return self.password() if callable(self.password) else self.password
+        """Return the password as it is now.
+
+        Raises:
+            SecretError: the function failed.
+        """
+        if not callable(self.password):
+            return self.password
+        try:
+            return self.password()
+        except Exception as exc:
+            raise SecretError(type(exc).__name__) from None
 
 
 def parse_host(host: str, port: int = 5432) -> Address:

@@ -11,6 +11,7 @@ from context_sqla import DBConnect
 
 from ._engine import Following, watch_engine
 from ._floor import Floor, visit_of
+from ._metrics import Figure
 from ._monitor import Hosts
 from ._position import Position
 from ._snapshot import HostStatus, Snapshot
@@ -110,24 +111,32 @@ class _Replica(Choice):
         self._balance = balance
         self._fallback = fallback
         self._wait = wait
-        self._turns: dict[str, float] = {}
+        self._weighted = _Weighted()
         self._turn = 0
+        self._spare_turn = 0
+        self._clock = hosts.clock
         self._seen: Snapshot | None = None  # what the following was made of
         self._until: float = 0.0  # when it has to be made anew all the same, because time has passed
         self._found: list[HostStatus] = []
         self._good: list[HostStatus] = []
-        self._even: bool = True
-        self._keys = {
-            outcome: hosts.metrics.key("selections_total", policy=self._policy, outcome=outcome)
+        self._in_turn: list[HostStatus] = []  # who is next, where nothing but the snapshot decides that
+        self._fence: int | None = None
+        self._figures = {
+            outcome: hosts.metrics.figure("selections_total", policy=self._policy, outcome=outcome)
             for outcome in ("replica", "primary", "stale", "none")
         }
+        self._chosen = self._figures["replica"]
+        self._hit, self._miss = Figure(), Figure()
+
+    async def __call__(self, connect: DBConnect[Any]) -> str:
+        if self._latest() is not connect:
+            self._follow(connect)
+        floor = self._wanted()
+        return self._at_once(floor) or await self._in_time(floor)
 
     async def choose(self) -> str:
-        self.hosts.primary_now()  # raises where nobody watches
-        if not self.hosts.snapshot().decided:
-            await self._first_snapshot()
-        found = self._pick()
-        return self._count(found, "replica") if found is not None else await self._fall_back("no replica is fresh enough")
+        floor = self._wanted()
+        return self._at_once(floor) or await self._in_time(floor)
 
     def allows(self, host: str) -> bool:
         snapshot = self.hosts.snapshot()
@@ -137,7 +146,53 @@ class _Replica(Choice):
         allowed = snapshot.primary == host if self._fallback == "primary" else status in snapshot.replicas
         return allowed and self._fallback != "error" and not self._candidates()
 
+    def _wanted(self) -> Floor | None:
+        """Return what the session has to see."""
+        return None
+
+    def _at_once(self, floor: Floor | None, *, undecided: bool = False) -> str | None:
+        """Return a replica where one is known; this is nearly every session, and costs it less than a microsecond."""
+        hosts = self.hosts
+        snapshot = hosts.snapshot()
+        if not hosts.is_watching or not (snapshot.decided or undecided):
+            return None
+        if snapshot is not self._seen or self._clock() >= self._until:
+            self._look()
+        if (found := self._next() if floor is None else self._next_at(floor)) is None:
+            return None
+        self._chosen.value += 1
+        if floor is not None:
+            self._hit.value += 1
+        return found.host
+
+    def _next(self) -> HostStatus | None:
+        """Return the replica whose turn it is."""
+        if not self._in_turn:
+            return self._balanced(self._good) if self._good else None
+        self._turn += 1
+        return self._in_turn[self._turn % len(self._in_turn)]
+
+    def _next_at(self, floor: Floor) -> HostStatus | None:
+        """Return the replica whose turn it is, or else another one, of those that have replayed a position."""
+        if floor == "primary" or floor[0] != self._fence:
+            # After a failover, what was written before it may be gone, or be replayed elsewhere.
+            return None
+        if self._in_turn:
+            self._turn += 1
+            found = self._in_turn[self._turn % len(self._in_turn)]
+            if found.timeline == floor[0] and found.lsn is not None and found.lsn >= floor[1]:
+                return found
+        there = floor_reached(floor)
+        able = [status for status in self._good if there(status)] or [status for status in self._found if there(status)]
+        return self._balanced(able) if able else None
+
+    async def _in_time(self, floor: Floor | None) -> str:
+        """Return a replica as soon as each host was tried once, or what else there is."""
+        await self._first_snapshot()
+        return self._at_once(floor, undecided=True) or await self._fall_back("no replica is fresh enough")
+
     async def _first_snapshot(self) -> None:
+        self.hosts.primary_now()  # raises where nobody watches
         deadline = self.hosts.clock() + self._wait
         while not self.hosts.snapshot().decided:
             if not await self.hosts.changed(deadline - self.hosts.clock()):
@@ -149,28 +204,35 @@ class _Replica(Choice):
             return False
         if self._max_lag is None and self._max_lag_bytes is None:
             return True
-        if status.seen_at is None or now - status.seen_at > self.hosts.stale_after:
+        if not self._is_fresh(status, now):
             return False
         if self._max_lag is not None and (status.fresh_at is None or now - status.fresh_at > self._max_lag):
             return False
         return self._max_lag_bytes is None or (status.lag_bytes is not None and status.lag_bytes <= self._max_lag_bytes)
 
-    def _pick(self, also: Callable[[HostStatus], bool] | None = None) -> str | None:
-        found = self._candidates()
-        if also is not None:
-            found = [status for status in found if also(status)] or [status for status in self._found if also(status)]
-        return self._balanced(found).host if found else None
+    def _is_fresh(self, status: HostStatus, now: float) -> bool:
+        return status.seen_at is not None and now - status.seen_at <= self.hosts.stale_after
 
     def _candidates(self) -> list[HostStatus]:
-        """Return the replicas to choose from: made once for a snapshot, until one of them is too old."""
-        snapshot, now = self.hosts.snapshot(), self.hosts.clock()
-        if snapshot is not self._seen or now >= self._until:
-            self._seen = snapshot
-            self._found = [status for status in snapshot.hosts if self._qualifies(status, now)]
-            self._good = self._preferred(self._found, now) if len(self._found) > 1 else self._found
-            self._until = min(map(self._expiry, self._good), default=math.inf)
-            self._even = len({status.weight for status in self._good}) < 2
+        """Return the replicas to choose from."""
+        if self.hosts.snapshot() is not self._seen or self._clock() >= self._until:
+            self._look()
         return self._good
+
+    def _look(self) -> None:
+        """Work out whom to choose from: once for a snapshot, until one of them is too old."""
+        snapshot, now = self.hosts.snapshot(), self._clock()
+        self._seen, self._fence = snapshot, snapshot.fence
+        self._found = [status for status in snapshot.hosts if self._qualifies(status, now)]
+        self._good = self._preferred(self._found, now) if len(self._found) > 1 else self._found
+        limited = self._max_lag is not None or self._max_lag_bytes is not None
+        fresh = self._found if limited else [status for status in self._good if self._is_fresh(status, now)]
+        self._until = min(map(self._expiry, fresh), default=math.inf)  # what is stale stays so until the next snapshot
+        if self._balance in ("least_lag", "nearest") and self._good:
+            self._in_turn = [self._balanced(self._good)]
+        else:
+            even = self._balance == "round_robin" and len({status.weight for status in self._good}) < 2
+            self._in_turn = self._good if even else []
 
     def _expiry(self, status: HostStatus) -> float:
         """Return when this replica has to be looked at again."""
@@ -180,9 +242,7 @@ class _Replica(Choice):
     def _preferred(self, found: list[HostStatus], now: float) -> list[HostStatus]:
         """Leave out hosts that are in doubt, suspect, stale or without weight, unless there are no others."""
         hosts = self.hosts
-        good = [
-            s for s in found if s.state == "up" and not hosts.in_doubt(s.host) and now - (s.seen_at or 0) <= hosts.stale_after
-        ]
+        good = [s for s in found if s.state == "up" and not hosts.in_doubt(s.host) and self._is_fresh(s, now)]
         return [s for s in good or found if s.weight > 0] or good or found
 
     def _balanced(self, found: list[HostStatus]) -> HostStatus:
@@ -195,19 +255,10 @@ class _Replica(Choice):
             return min(near or found, key=lambda status: status.probe_seconds or 0.0)
         if self._balance == "random":
             return random.choices(found, [status.weight or 1.0 for status in found])[0]  # noqa: S311  # no secret
-        return self._next(found)
-
-    def _next(self, found: list[HostStatus]) -> HostStatus:
-        """Take turns by weight, evenly spread (the smooth weighted round robin of nginx)."""
-        if self._even:
-            self._turn += 1
-            return found[self._turn % len(found)]
-        turns = self._turns
-        for status in found:
-            turns[status.host] = turns.get(status.host, 0.0) + (status.weight or 1.0)
-        chosen = max(found, key=lambda status: turns[status.host])
-        turns[chosen.host] -= sum(status.weight or 1.0 for status in found)
-        return chosen
+        if len({status.weight for status in found}) > 1:
+            return self._weighted.next(found)
+        self._spare_turn += 1
+        return found[self._spare_turn % len(found)]
 
     async def _fall_back(self, why: str) -> str:
         snapshot = self.hosts.snapshot()
@@ -224,7 +275,7 @@ class _Replica(Choice):
         raise NoReplicaError(why, snapshot)
 
     def _count(self, host: str, outcome: str) -> str:
-        self.hosts.metrics.count(self._keys[outcome])
+        self._figures[outcome].value += 1
         return host
 
 
@@ -237,32 +288,35 @@ class _AtLeast(_Replica):
         super().__init__(hosts, **options)
         self._floor = lsn
         self._delay = delay
-        self._hit, self._miss = (hosts.metrics.key("ryow_total", outcome=outcome) for outcome in ("replica", "primary"))
+        self._hit, self._miss = (hosts.metrics.figure("ryow_total", outcome=outcome) for outcome in ("replica", "primary"))
 
-    async def choose(self) -> str:
-        floor = self._floor() if callable(self._floor) else self._floor
+    def _wanted(self) -> Floor | None:
+        given = self._floor
+        if isinstance(given, Position):
+            return given
+        floor = None if given is None else "primary" if isinstance(given, str) else given()
         if floor is None and (visit := visit_of(self.hosts)) is not None:
-            floor = visit.needs()
+            return visit.needs()
+        return floor
+
+    async def _in_time(self, floor: Floor | None) -> str:
         if floor is None:
-            return await super().choose()
-        self.hosts.primary_now()
-        if not self.hosts.snapshot().decided:
-            await self._first_snapshot()
+            return await super()._in_time(None)
+        await self._first_snapshot()
         if isinstance(floor, Position) and self._is_plausible(floor):
-            found = self._pick(floor_reached(floor)) or await self._refreshed(floor)
+            found = self._at_once(floor, undecided=True) or await self._refreshed(floor)
             if found is not None:
-                self.hosts.metrics.count(self._hit)
-                return self._count(found, "replica")
-        self.hosts.metrics.count(self._miss)
+                return found
+        self._miss.value += 1
         return await self._fall_back("no replica has replayed what was written")
 
     def _is_plausible(self, floor: Position) -> bool:
-        """Return whether waiting can help: after a failover, what was written before it may be gone, or be replayed elsewhere."""
+        """Return whether waiting can help."""
         return floor.timeline == self.hosts.snapshot().fence
 
     async def _refreshed(self, floor: Position) -> str | None:
         """Probe the replicas until one has replayed this, for a short while; all who wait share the probes."""
-        hosts, reached, pause = self.hosts, floor_reached(floor), _FIRST_PAUSE
+        hosts, pause = self.hosts, _FIRST_PAUSE
         deadline = hosts.clock() + self._delay
         while (left := deadline - hosts.clock()) > 0:
             snapshot = hosts.snapshot()
@@ -272,14 +326,30 @@ class _AtLeast(_Replica):
             if not replicas:
                 return None
             await hosts.refresh(*replicas, timeout=left)
-            if (found := self._pick(reached)) is not None:
+            if (found := self._at_once(floor, undecided=True)) is not None:
                 return found
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)
-        return None
+        return self._at_once(floor, undecided=True)  # somebody else's probe may have come back meanwhile
 
     def allows(self, host: str) -> bool:
         return bool(host)  # the position is asked for when a session begins; a pool knows no sessions
+
+
+class _Weighted:
+    """Turns by weight, evenly spread (the smooth weighted round robin of nginx)."""
+
+    def __init__(self) -> None:
+        self._owed: dict[str, float] = {}
+
+    def next(self, found: list[HostStatus]) -> HostStatus:
+        """Return whose turn it is."""
+        owed = self._owed
+        for status in found:
+            owed[status.host] = owed.get(status.host, 0.0) + (status.weight or 1.0)
+        chosen = max(found, key=lambda status: owed[status.host])
+        owed[chosen.host] -= sum(status.weight or 1.0 for status in found)
+        return chosen
 
 
 def floor_reached(floor: Position) -> Callable[[HostStatus], bool]:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from ipaddress import ip_address
 
 from ._environment import Settings, read_environment
@@ -20,8 +19,7 @@ from ._history import shown_lag
 from ._monitor import Hosts
 from ._server import Server
 from ._snapshot import HostStatus, Snapshot
-from ._table import Table
-from .errors import NoHostError
+from ._table import Table, own_version
 
 logger = logging.getLogger("context_sqla.hosts")
 
@@ -92,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Every option has an environment variable: CONTEXT_SQLA_HOSTS_MAX_LAG_MS for --max-lag-ms. Those of pg-status "
         "(pg_status__*) are read too. Passwords: CONTEXT_SQLA_HOSTS_PASSWORD, --password-file, PGPASSWORD, or ~/.pgpass.",
     )
-    parser.add_argument("--version", action="version", version=version("context-sqla-hosts"))
+    parser.add_argument("--version", action=_Version, nargs=0, help="print it, and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve | check | primary")
     common = _common()
     serve = commands.add_parser("serve", allow_abbrev=False, parents=[common], help="answer over HTTP, as pg-status does")
@@ -108,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     primary = commands.add_parser("primary", allow_abbrev=False, parents=[common], help="print the primary as host:port")
     primary.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="for a primary; default 5")
     return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        sys.stdout.write(f"{own_version()}\n")
+        parser.exit()
 
 
 def _common() -> argparse.ArgumentParser:
@@ -209,8 +213,9 @@ class _JSONFormatter(logging.Formatter):
 
 async def _check(hosts: Hosts, settings: Settings, wait: float) -> int:
     async with hosts:
-        with contextlib.suppress(NoHostError):  # the table says which of them did not answer
-            await hosts.ready(primary=False, timeout=wait)
+        deadline = hosts.clock() + wait
+        while not hosts.snapshot().decided and await hosts.changed(deadline - hosts.clock()):
+            pass  # of who has not answered by then, the table says so
         # Where a replica answered before the primary did, its lag is not known yet: ask the primary, then all of them.
         if (primary := hosts.snapshot().primary) is not None:
             await hosts.refresh(primary)
@@ -259,7 +264,11 @@ async def _primary(hosts: Hosts, wait: float) -> int:
     async with hosts:
         try:
             host = await hosts.primary(wait=wait)
-        except NoHostError as exc:
+        except Exception as exc:
+            from .errors import NoHostError  # not before: it brings SQLAlchemy along
+
+            if not isinstance(exc, NoHostError):
+                raise
             sys.stderr.write(f"{exc}\n")
             return _CRITICAL
     sys.stdout.write(f"{host}\n")

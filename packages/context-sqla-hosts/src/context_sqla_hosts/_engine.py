@@ -12,7 +12,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from ._failures import is_about_the_host, is_read_only
+from ._failures import is_host_failure, is_read_only
 from ._monitor import Hosts
 from ._probe import cut
 from .errors import NoHostError
@@ -131,7 +131,7 @@ class _Bound:
                     connection = await creator(*args, **{**kwargs, "host": name, "port": port})
             except Exception as exc:
                 hosts.report(host, exc)
-                if not is_about_the_host(exc) or hosts.clock() >= deadline:
+                if not is_host_failure(exc) or hosts.clock() >= deadline:
                     raise
                 await asyncio.sleep(_PAUSE)
                 continue
@@ -162,7 +162,7 @@ def _report(hosts: Hosts, host: str, context: ExceptionContext, writes: bool) ->
     if isinstance(context.original_exception, NoHostError | asyncio.CancelledError):
         return
     error = context.sqlalchemy_exception or context.original_exception
-    if context.is_disconnect or is_about_the_host(error) or is_about_the_host(context.original_exception):
+    if context.is_disconnect or is_host_failure(error) or is_host_failure(context.original_exception):
         hosts.report(host, ConnectionError() if context.is_disconnect else context.original_exception)
     if writes and is_read_only(context.original_exception):
         context.is_disconnect = True  # it was demoted behind a proxy: this connection and the pool's others are of no use

@@ -13,8 +13,15 @@ def is_read_only(exc: BaseException) -> bool:
     return any(sqlstate_of(error) == _READ_ONLY for error in _chain(exc))
 
 
-def is_about_the_host(exc: BaseException) -> bool:
-    """Return whether the server may be dead, shutting down, or no primary any more."""
+def is_host_failure(exc: BaseException) -> bool:
+    """Return whether an error tells that the server may be dead, shutting down, or no primary any more: asking again may help.
+
+    It is true of lost and refused connections and of writes that a replica refused, also where SQLAlchemy or a driver has wrapped
+    them, and false of all that the statement itself is to blame for. Whether a commit was done is not known after such an error.
+
+    Args:
+        exc: what a session, an engine or a driver raised.
+    """
     return any(_is_loss(error) for error in _chain(exc))
 
 

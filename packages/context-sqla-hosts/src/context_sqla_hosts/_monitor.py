@@ -1,29 +1,23 @@
 """The monitor: a task and a kept connection per host, and what is known of all of them as one snapshot."""
 
 import asyncio
-import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ssl import SSLContext
 from types import TracebackType
-from typing import Any, Protocol, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 from weakref import WeakSet
-
-from context_sqla.errors import ForeignLoopError
 
 from ._address import Address, Driver, Login, parse_host, parse_url
 from ._environment import read_environment
-from ._failures import is_about_the_host, is_read_only
+from ._failures import is_host_failure, is_read_only
 from ._metrics import Metrics
 from ._patroni import Hint
 from ._poller import Poller
 from ._snapshot import Snapshot
-from ._tracker import Claim, Event, Failure, Observation, Rules, SplitBrain, Tracker
-from .errors import MonitorError, NoPrimaryError, NoReplicaError, SplitBrainError
-
-logger = logging.getLogger("context_sqla.hosts")
+from ._tracker import Rules, SplitBrain, Tracker
+from ._watch import Attachment, Watch, running_loop
 
 
 class HostsOptions(TypedDict, total=False):
@@ -41,16 +35,6 @@ class HostsOptions(TypedDict, total=False):
     localities: Mapping[str, str] | None
     weights: Mapping[str, float] | None
     patroni: Mapping[str, str] | None
-
-
-class Attachment(Protocol):
-    """Connections of an application that follow the monitor."""
-
-    writes: bool
-
-    def abort(self, host: str) -> int:
-        """Cut every connection to a host, and return how many there were."""
-        ...
 
 
 class Hosts:
@@ -115,27 +99,19 @@ class Hosts:
         self.jitter: float = jitter
         self.stale_after: float = 3 * interval + timeout if stale_after is None else stale_after
         self.locality: str | None = locality
-        self.metrics: Metrics = Metrics()
         self._port = port
         self._addresses = _addresses(hosts, port)
         self._login = Login(user, password, database, ssl, driver, dict(driver_options or {}))
         rules = Rules(max_fails, split_brain, require_timeline_evidence, self._keyed(localities), self._keyed(weights))
         self._hint = Hint(self._keyed(patroni)) if patroni else None
-        self._tracker = Tracker(list(self._addresses), rules)
-        self._snapshot = self._tracker.snapshot(self.clock())
-        self._pollers: dict[str, Poller] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._turn: asyncio.Future[None] | None = None
-        self._ready_primary: str | None = None  # the primary, unless there is a doubt
-        self._hurried_since: float | None = None
-        self._without_primary_since: float | None = None
-        self._subscribers: list[Callable[[Snapshot], None]] = []
-        self._attached: WeakSet[Any] = WeakSet()
+        tracker = Tracker(list(self._addresses), rules)
+        pace = {"interval": interval, "timeout": timeout, "jitter": jitter, "stale_after": self.stale_after}
+        self._watch = Watch(tracker, **pace)
+        self.metrics: Metrics = self._watch.metrics
         _all.add(self)
 
     def __repr__(self) -> str:
-        return f"<Hosts {', '.join(self._addresses)} primary={self._snapshot.primary!r}>"
+        return repr(self._watch)
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[HostsOptions]) -> "Hosts":
@@ -175,30 +151,11 @@ class Hosts:
             MonitorError: it watches already.
             DriverError: no driver is installed.
         """
-        if self._loop is not None:
-            raise MonitorError(f"{self!r} is started already")
-        loop = asyncio.get_running_loop()
-        self._tracker.restart()
-        pollers = {host: Poller(host, address, self._login, self) for host, address in self._addresses.items()}
-        self._loop, self._pollers = loop, pollers
-        self._without_primary_since = self._hurried_since = self.clock()
-        self._publish(())
-        self._tasks = [loop.create_task(poller.run(), name=f"watch {poller.host}") for poller in pollers.values()]
-        if self._hint is not None:
-            self._tasks.append(loop.create_task(self._hint.run(self), name="ask Patroni"))
+        self._watch.start(self._poller, None if self._hint is None else self._hint.run)
 
     async def aclose(self) -> None:
         """End the watch: no task and no connection is left; it may be started again."""
-        if self._loop is None:
-            return
-        self._check_loop()
-        tasks, self._tasks = self._tasks, []
-        self._loop, self._ready_primary = None, None
-        self._count_absence()
-        for task in tasks:
-            task.cancel()
-        self._wake_waiting()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._watch.stop()
 
     async def __aenter__(self) -> Self:
         self.start()
@@ -219,7 +176,7 @@ class Hosts:
 
     def snapshot(self) -> Snapshot:
         """Return what is known of the hosts now; costs one attribute."""
-        return self._snapshot
+        return self._watch.snapshot
 
     def subscribe(self, callback: Callable[[Snapshot], None]) -> Callable[[], None]:
         """Call a function with each snapshot in which a state, a role or the primary differs; return what ends that.
@@ -227,8 +184,9 @@ class Hosts:
         Args:
             callback: a plain function that returns at once; its errors are logged.
         """
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
+        subscribers = self._watch.subscribers
+        subscribers.append(callback)
+        return lambda: subscribers.remove(callback) if callback in subscribers else None
 
     async def ready(self, *, primary: bool = True, replicas: int = 0, timeout: float = 10.0) -> Snapshot:
         """Wait until the hosts that the application needs are there, and return the snapshot.
@@ -243,13 +201,15 @@ class Hosts:
             NoReplicaError: there were not enough replicas in time.
         """
         deadline = self.clock() + timeout
-        while not _is_ready(self._snapshot, primary, replicas):
+        while not _is_ready(self._watch.snapshot, primary, replicas):
             if not await self.changed(deadline - self.clock()):
                 break
-        snapshot = self._snapshot
+        snapshot = self._watch.snapshot
         if primary and snapshot.primary is None:
             raise self._no_primary(timeout)
         if not _is_ready(snapshot, primary, replicas):
+            from .errors import NoReplicaError  # not before: it brings SQLAlchemy along
+
             raise NoReplicaError(f"{replicas} replicas were wanted, waited {timeout:g} s", snapshot)
         return snapshot
 
@@ -268,7 +228,7 @@ class Hosts:
         if host is not None:
             return host
         deadline = self.clock() + wait
-        while (host := self._ready_primary) is None:
+        while (host := self._watch.ready_primary) is None:
             if not await self.changed(deadline - self.clock()):
                 raise self._no_primary(wait)
         return host
@@ -280,8 +240,10 @@ class Hosts:
             MonitorError: the hosts are not watched.
             ForeignLoopError: they are watched in another event loop.
         """
-        self._check_loop()
-        return self._ready_primary
+        watch = self._watch
+        if watch.loop is None or watch.loop is not running_loop():
+            watch.check_loop()
+        return watch.ready_primary
 
     async def changed(self, timeout: float | None = None) -> bool:
         """Wait for the next snapshot, and return whether it came in time.
@@ -289,13 +251,7 @@ class Hosts:
         Raises:
             MonitorError: the hosts are not watched, or no longer.
         """
-        self._check_loop()
-        if timeout is not None and timeout <= 0:
-            return False
-        if self._turn is None or self._turn.done():
-            self._turn = asyncio.get_running_loop().create_future()
-        done, _ = await asyncio.wait((self._turn,), timeout=timeout)
-        return bool(done)
+        return await self._watch.changed(timeout)
 
     async def refresh(self, *hosts: str, timeout: float | None = None) -> Snapshot:
         """Probe some hosts now, and return the snapshot after that; all who ask at the same time share the probes.
@@ -304,21 +260,21 @@ class Hosts:
             hosts: which; all, if none is named.
             timeout: seconds to wait for the first of them; None: until all have been probed.
         """
-        self._check_loop()
-        probes = [self._pollers[self.key(host)].probed() for host in hosts or self._addresses]
+        self._watch.check_loop()
+        probes = [self._watch.pollers[self.key(host)].probed() for host in hosts or self._addresses]
         when = asyncio.ALL_COMPLETED if timeout is None else asyncio.FIRST_COMPLETED
         await asyncio.wait(probes, timeout=timeout, return_when=when)
-        return self._snapshot
+        return self._watch.snapshot
 
     @property
     def is_watching(self) -> bool:
         """Whether it was started in the running event loop, and has not ended."""
-        return self._loop is not None and self._loop is _running()
+        loop = self._watch.loop
+        return loop is not None and loop is running_loop()
 
     def in_doubt(self, host: str) -> bool:
         """Return whether something went wrong on this host, and no later probe has come back yet."""
-        poller = self._pollers.get(host)
-        return poller is not None and poller.doubted
+        return self._watch.in_doubt(host)
 
     # What others know
 
@@ -333,26 +289,25 @@ class Hosts:
             host: as `Hosts` was given it, or as a snapshot names it.
             exc: the error, as SQLAlchemy or the driver raised it.
         """
-        key = self.key(host)
-        poller = self._pollers.get(key)
-        if self._loop is None or poller is None or not is_about_the_host(exc):
+        key, watch = self.key(host), self._watch
+        poller, loop = watch.pollers.get(key), watch.loop
+        if loop is None or poller is None or not is_host_failure(exc):
             return False
         self.metrics.add("reports_total", host=key)
         anew = is_read_only(exc)
-        if self._loop is _running():
-            self.doubt(poller, anew=anew)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: self.doubt(poller, anew=anew))
+        if loop is running_loop():
+            watch.doubt(poller, anew=anew)
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: watch.doubt(poller, anew=anew))
         return True
 
     def attach(self, attachment: Attachment) -> None:
         """Cut the connections of an application to hosts that die or are fenced; it is kept by a weak reference."""
-        self._attached.add(attachment)
+        self._watch.attached.add(attachment)
 
     def reset_fence(self) -> None:
         """Forget the highest timeline: for operators, after a deliberate restore to an older one."""
-        logger.warning("The fence of timelines is reset by hand; it was %s", self._snapshot.fence)
-        self._publish(self._tracker.reset_fence())
+        self._watch.reset_fence()
 
     def key(self, host: str) -> str:
         """Return the name under which snapshots have a host: "name:port"."""
@@ -366,48 +321,9 @@ class Hosts:
         """
         return self._addresses[self.key(host)]
 
-    # For its pollers
-
     def clock(self) -> float:
         """Return the time as snapshots have it: `time.monotonic`."""
-        return time.monotonic()
-
-    def hurried_since(self) -> float | None:
-        """Return since when there has been no primary that answers, None while there is one."""
-        return self._hurried_since
-
-    def doubt(self, poller: Poller, *, anew: bool = False) -> None:
-        """Look into a host, and let nobody choose it meanwhile who has a choice.
-
-        Args:
-            poller: the host's.
-            anew: over a new connection.
-        """
-        known = poller.doubted
-        poller.wake(doubt=True, anew=anew)
-        if not known:
-            self._publish(())
-
-    def answered(self, poller: Poller, result: Observation | Failure, sent: float) -> None:
-        """Take the result of a probe.
-
-        Args:
-            poller: the host's.
-            result: what it said, or why it said nothing.
-            sent: when it was asked.
-        """
-        now = self.clock()
-        if isinstance(result, Failure):
-            self.metrics.add("probe_failures_total", host=poller.host, kind=result.kind)
-            events = self._tracker.failed(poller.host, result)
-        else:
-            self.metrics.observe("probe_seconds", now - sent, host=poller.host)
-            events = self._tracker.succeeded(poller.host, result, sent, now)
-        self._publish(events)
-
-    def advised(self, claims: Mapping[str, Claim]) -> None:
-        """Take what Patroni says of who leads."""
-        self._publish(self._tracker.advised(claims))
+        return self._watch.clock()
 
     # Its own
 
@@ -417,85 +333,17 @@ class Hosts:
             raise ValueError(f"not among the hosts: {', '.join(sorted(unknown))}")
         return keyed
 
-    def _check_loop(self) -> None:
-        if self._loop is None:
-            raise MonitorError(f"{self!r} is not started; write 'async with hosts:' in the lifespan of the application")
-        if self._loop is not _running():
-            raise ForeignLoopError(f"{self!r} watches in another event loop; each event loop needs its own")
+    def _no_primary(self, wait: float) -> Exception:
+        from .errors import NoPrimaryError, SplitBrainError
 
-    def _publish(self, events: Sequence[Event]) -> None:
-        old, now = self._snapshot, self.clock()
-        new = self._snapshot = self._tracker.snapshot(now)
-        for status in new.hosts:
-            if (poller := self._pollers.get(status.host)) is not None:
-                poller.state = status.state
-        self._ready_primary = None if new.primary is None or self.in_doubt(new.primary) else new.primary
-        self._hurry(new, now)
-        for event in events:
-            self._note(event)
-        if _outline(old) != _outline(new):
-            for callback in tuple(self._subscribers):
-                _guarded(callback, new)
-        self._wake_waiting()
-
-    def _hurry(self, new: Snapshot, now: float) -> None:
-        """Probe all hosts often while there is no primary that answers: none that waits for its interval may hold that up."""
-        if new.primary is not None and new.host(new.primary).state == "up":
-            self._hurried_since = None
-        elif self._hurried_since is None:
-            self._hurried_since = now
-            for poller in self._pollers.values():
-                poller.wake()
-
-    def _note(self, event: Event) -> None:
-        """Log and count an event, and cut the connections to a host that must not be used any more."""
-        fence = self._snapshot.fence
-        if event.kind == "primary":
-            self._count_absence()
-            self.metrics.add("primary_changes_total")
-            logger.info("The primary is %s, timeline %s", event.host, fence)
-        elif event.kind == "no_primary":
-            self._without_primary_since = self.clock()
-            logger.warning("There is no primary: %s", self._snapshot)
-        elif event.kind == "split_brain":
-            self.metrics.add("split_brains_total")
-            logger.error("Several hosts say that they are the primary; used is %s: %s", self._snapshot.primary, self._snapshot)
-        elif event.kind == "fence":
-            logger.warning("%s has shown timeline %s; primaries of older ones are refused", event.host, fence)
-        elif event.kind == "back":
-            logger.info("%s answers again", event.host)
-        else:
-            logger.warning("%s is %s", event.host, event.kind)
-            self._abort(event)
-
-    def _abort(self, event: Event) -> None:
-        for attachment in tuple(self._attached):
-            if event.kind != "demoted" or attachment.writes:
-                count = _guarded(attachment.abort, event.host)
-                if count:
-                    self.metrics.add("aborted_connections_total", count, host=event.host)
-
-    def _count_absence(self) -> None:
-        if self._without_primary_since is not None:
-            self.metrics.add("no_primary_seconds_total", self.clock() - self._without_primary_since)
-            self._without_primary_since = None
-
-    def _wake_waiting(self) -> None:
-        turn, self._turn = self._turn, None
-        if turn is not None and not turn.done():
-            turn.set_result(None)
-
-    def _no_primary(self, wait: float) -> NoPrimaryError:
-        snapshot = self._snapshot
+        snapshot = self._watch.snapshot
         if snapshot.split_brain:
             message = f"several hosts say that they are the primary and none can be preferred, waited {wait:g} s"
             return SplitBrainError(message, snapshot)
         return NoPrimaryError(f"there is no primary, waited {wait:g} s", snapshot)
 
-    def _forget(self) -> None:
-        """Let go of everything after a fork: tasks and sockets belong to the parent process."""
-        _abandoned.append((self._pollers, self._tasks, self._loop, self._turn))
-        self._pollers, self._tasks, self._loop, self._turn, self._ready_primary = {}, [], None, None, None
+    def _poller(self, watch: Watch, host: str) -> Poller:
+        return Poller(host, self._addresses[host], self._login, watch)
 
 
 def _addresses(hosts: Sequence[str], port: int) -> dict[str, Address]:
@@ -512,33 +360,12 @@ def _is_ready(snapshot: Snapshot, primary: bool, replicas: int) -> bool:
     return snapshot.decided and there >= replicas and (snapshot.primary is not None or not primary)
 
 
-def _outline(snapshot: Snapshot) -> tuple[object, ...]:
-    hosts = tuple((status.state, status.role, status.fenced, status.foreign, status.timeline) for status in snapshot.hosts)
-    return (snapshot.primary, snapshot.fence, snapshot.split_brain, snapshot.decided, hosts)
-
-
-def _guarded(function: Callable[[Any], Any], argument: object) -> Any:
-    try:
-        return function(argument)
-    except Exception:
-        logger.exception("%r failed; the watch goes on", function)
-        return None
-
-
-def _running() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 _all: WeakSet[Hosts] = WeakSet()
-_abandoned: list[Any] = []  # never collected: a finalizer would close what the parent still uses
 
 
 def _forget_all() -> None:
     for hosts in list(_all):
-        hosts._forget()
+        hosts._watch.forget()
 
 
 if hasattr(os, "register_at_fork"):

@@ -12,7 +12,6 @@ from urllib.parse import SplitResult, urlsplit
 
 from ._address import Address
 from ._tracker import Claim
-from .errors import MonitorError
 
 logger = logging.getLogger("context_sqla.hosts")
 
@@ -93,6 +92,8 @@ async def patroni_members(*urls: str, timeout: float = 2.0) -> dict[str, str]:
                 found[str(Address(str(member["host"]), int(member["port"])))] = f"{at.scheme}://{at.netloc}"
         if found:
             return found
+    from .errors import MonitorError  # not before: it brings SQLAlchemy along
+
     raise MonitorError("no member of the Patroni cluster says who its members are; name the hosts yourself, or try again")
 
 

@@ -8,9 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from context_sqla.errors import DriverError
-
-from ._address import Address, Driver, Login
+from ._address import Address, Driver, Login, SecretError
 from ._position import end_of_record
 from ._tracker import Failure, Observation
 
@@ -35,6 +33,18 @@ WHERE name ~ '^[0-9A-F]{8}(\\.history|[0-9A-F]{16}$)'
 """
 _APPLICATION = "context-sqla-hosts"
 _NOT_THERE = ("08", "57P")
+# libpq keeps the SQLSTATE of a refused login to itself, and psycopg has its text only: severity, two spaces, message.
+_SEVERITY = ": FATAL:  "
+_STATES = (
+    ("the database system is", "57P03"),
+    ("terminating connection", "57P01"),
+    ("too many", "53300"),
+    ("connection slots", "53300"),
+    ("authentication", "28P01"),
+    ("pg_hba.conf", "28000"),
+    ("role", "28000"),
+    ("database", "3D000"),
+)
 _KINDS = {"28": "login", "3D": "database", "42": "rights", "53": "full", "55": "busy"}
 
 
@@ -177,6 +187,8 @@ def make_probe(address: Address, login: Login) -> Probe:
         with contextlib.suppress(ImportError):
             __import__(driver)
             return AsyncpgProbe(address, login) if driver == "asyncpg" else PsycopgProbe(address, login)
+    from context_sqla.errors import DriverError  # not before: it brings SQLAlchemy along
+
     raise DriverError(f"no driver for the monitor: pip install 'context-sqla-hosts[{wanted[0]}]'")
 
 
@@ -201,6 +213,9 @@ async def observe(probe: Probe, *, look_for_evidence: bool) -> Observation:
 def sqlstate_of(exc: BaseException) -> str:
     """Return the SQLSTATE of a driver's error, "" where it has none."""
     state = getattr(exc, "sqlstate", None)
+    if state is None and type(exc).__module__.startswith("psycopg"):
+        _, said, reason = str(exc).rpartition(_SEVERITY)  # of a server, which is there
+        return next((state for text, state in _STATES if text in reason), "XX000") if said else ""
     return state if isinstance(state, str) else ""
 
 
@@ -221,6 +236,8 @@ def _by_state(state: str) -> Failure:
 def _by_type(exc: BaseException) -> Failure:
     if isinstance(exc, TimeoutError):
         return Failure("timeout", hard=False)
+    if isinstance(exc, SecretError):
+        return Failure("password", hard=False)
     if isinstance(exc, ConnectionRefusedError) or "refused" in str(exc):
         return Failure("refused", hard=True)
     if isinstance(exc, socket.gaierror):

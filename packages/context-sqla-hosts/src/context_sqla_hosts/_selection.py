@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from ._metrics import Figure
 from ._monitor import Hosts
 from ._query import Limits
 from ._reply import NOT_READY, Later, Reply
@@ -141,7 +142,7 @@ class Selection:
         self._until = 0.0
         self._outcome = ""
         self._replies: list[Reply] = [NOT_READY]
-        self._key = hosts.metrics.key("selections_total")
+        self._counted = Figure()
 
     def __call__(self) -> Reply | Later:
         hosts = self._hosts
@@ -155,7 +156,7 @@ class Selection:
         snapshot = self._seen = self._hosts.snapshot()
         picked = self._pick(snapshot, self._hosts.clock()) if snapshot.decided else Picked([], "not ready")
         self._until, self._outcome = picked.until, picked.outcome
-        self._key = self._hosts.metrics.key("selections_total", policy=self._policy, outcome=picked.outcome)
+        self._counted = self._hosts.metrics.figure("selections_total", policy=self._policy, outcome=picked.outcome)
         if picked.outcome == "not ready":
             self._replies = [NOT_READY]
         else:
@@ -163,7 +164,7 @@ class Selection:
 
     def _next(self) -> Reply:
         replies = self._replies
-        self._hosts.metrics.count(self._key)
+        self._counted.value += 1
         if len(replies) == 1:
             return replies[0]
         turn = self._turns[self._policy] = self._turns.get(self._policy, -1) + 1

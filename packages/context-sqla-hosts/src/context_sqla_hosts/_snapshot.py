@@ -28,7 +28,7 @@ class HostStatus:
         seen_at: when its last good answer came.
         probe_seconds: how long that took.
         failures: failed probes in a row.
-        error: the kind of the last failure, while there are any: "refused", "timeout", "closed", "login", ...
+        error: the kind of the last failure, while there are any: "refused", "timeout", "closed", "login", "password", ...
         fenced: it says it is a primary, and must not be used as one: another one is newer.
         foreign: it is of another cluster (another system identifier).
         read_only: its sessions are read-only by default.

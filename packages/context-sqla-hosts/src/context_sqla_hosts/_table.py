@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
 from typing import Any, TypeAlias
 
 from ._exposition import CONTENT_TYPE, expose
@@ -244,8 +243,15 @@ def _ok(_query: Query) -> Reply:
     return text_reply("OK")
 
 
+def own_version() -> str:
+    """Return the version of this distribution."""
+    from importlib.metadata import version  # a few megabytes that hardly anybody asks for
+
+    return version("context-sqla-hosts")
+
+
 def _version(_query: Query) -> Reply:
-    return text_reply(version("context-sqla-hosts"))
+    return text_reply(own_version())
 
 
 def _details(status: HostStatus, now: float) -> dict[str, Any]:

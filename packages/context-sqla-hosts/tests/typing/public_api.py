@@ -16,6 +16,7 @@ from context_sqla_hosts import (
     StatusApp,
     at_least,
     bind_engine,
+    is_host_failure,
     patroni_members,
     primary,
     replica,
@@ -29,6 +30,7 @@ assert_type(Hosts(["db1"], patroni={"db1": "http://db1:8008"}), Hosts)
 assert_type(Hosts.from_env({"CONTEXT_SQLA_HOSTS_HOSTS": "db1"}, max_fails=3), Hosts)
 assert_type(StatusApp(hosts, max_lag_ms=500, geos={"db1": "north"}), StatusApp)
 assert_type(primary(hosts, wait=1), Choice)
+assert_type(is_host_failure(ValueError()), bool)
 assert_type(at_least(hosts, lsn=Position(1, 2)), Choice)
 
 
