@@ -98,6 +98,8 @@ class Proxy:
     async def stop(self) -> None:
         """Reset what is open and stop listening."""
         assert self._server is not None
+        # What asyncio has accepted already, and hands to a task only now, would wait with nobody to cancel it.
+        self._mode = "refuse"
         self._server.close()
         self.cut()
         for task in tuple(self._tasks):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from support.proxy import proxy
@@ -153,3 +154,21 @@ async def test_proxy_holds_at_a_pattern(forward):
 
         assert not early
         assert await heard == b"COMMIT;"
+
+
+async def test_connection_whose_task_begins_after_the_network_has_stopped_is_reset():
+    """asyncio has accepted it before, and nobody is left to cancel what would wait for bytes to flow again."""
+    async with proxy(Address("127.0.0.1", 1)) as network:
+        network.mode = "hang"
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    task = asyncio.create_task(network._serve(*await asyncio.open_connection(sock=theirs)))
+    done, late = await asyncio.wait({task}, timeout=10)
+    for one in late:
+        one.cancel()
+
+    assert done
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+    await writer.wait_closed()
