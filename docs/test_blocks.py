@@ -1,4 +1,4 @@
-"""Run every Python block of the documentation.
+"""Run every Python block of the documentation and of the packages' READMEs.
 
 The blocks of a page run one after the other in one namespace, which begins with the names of examples/tutorial/users.py and has
 its tables, in a folder of its own. A block may await at its top level. What readers need not see, assertions as a rule, stands
@@ -28,7 +28,8 @@ from httpx import ASGITransport, AsyncClient
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-PAGES = sorted(page for page in [*DOCS.rglob("*.md"), ROOT / "README.md"] if page.parent.name != "changelog.d")
+READMES = [ROOT / "README.md", *ROOT.glob("packages/*/README.md")]  # those of the packages are what PyPI shows
+PAGES = sorted(page for page in [*DOCS.rglob("*.md"), *READMES] if page.parent.name != "changelog.d")
 
 FRAMEWORKS = sorted(path.parent.name for path in ROOT.glob("examples/*/app.py"))
 HEADINGS = [

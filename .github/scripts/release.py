@@ -47,7 +47,10 @@ def notes(version: str) -> str:
 def bumped(text: str, version: str) -> str:
     """Return a pyproject with this version, and with the ranges that siblings have for it."""
     major, minor = map(int, version.split(".")[:2])
-    wanted = f">={major}.{minor},<{major + 1}" if major else f">=0.{minor}.0,<0.{minor + 1}"
+    lower = f"{major}.{minor}" if major else f"0.{minor}.0"
+    if re.search("[a-z]", version):
+        lower = version  # a candidate comes before the release, and is below its number
+    wanted = f">={lower}," + (f"<{major + 1}" if major else f"<0.{minor + 1}")
     text = re.sub(r'^version = ".*"$', f'version = "{version}"', text, count=1, flags=re.MULTILINE)
     return re.sub(r'"(context-sqla[a-z-]*)>=[^"]*"', rf'"\1{wanted}"', text)
 

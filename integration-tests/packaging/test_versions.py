@@ -31,6 +31,8 @@ def test_siblings_are_required_in_the_range_of_this_version(name):
     version = Version(VERSIONS[name])
     upper = f"<{version.major + 1}" if version.major else f"<0.{version.minor + 1}"
     lower = f">={version.major}.{version.minor}" + ("" if version.major else ".0")
+    if version.is_prerelease:
+        lower = f">={version}"  # a candidate is below the number of its release
     siblings = [requirement for requirement in requirements(name) if requirement.name in PROJECTS]
 
     assert siblings or name == "context-sqla"
