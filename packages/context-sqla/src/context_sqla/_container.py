@@ -11,7 +11,8 @@ from . import _events  # noqa: F401  # from here on sessions are listened to
 from ._callbacks import Callback
 from ._connect import DBConnect
 from ._options import check_options
-from ._policy import Policy
+from ._policy import DEFAULT_POLICY, Policy
+from ._settle import running_loop
 from ._slot import Slot
 from .errors import ContextClosedError, ContextSqlaError, ForeignLoopError, UnsupportedOptionError
 
@@ -57,7 +58,7 @@ class Container:
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
-    def __init__(self, policy: Policy, label: Callable[[], str] | None) -> None:
+    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         self.policy: Policy = policy
         self.label: Callable[[], str] | None = label
         self.slots: dict[str, Slot] = {}
@@ -106,7 +107,7 @@ class Container:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
         if self.phase is CLOSED:
             raise _outlived(connect)
-        running = _running_loop()
+        running = running_loop()
         if self.loop is None:
             self.loop = running
         elif running is not None and running is not self.loop:
@@ -117,8 +118,17 @@ class Container:
             )
 
     def put(self, connect: DBConnect[Any], session: AsyncSession, *, host: str | None = None) -> Slot:
-        """Make a session that exists the unit's own."""
+        """Make a session that exists the unit's own.
+
+        Raises:
+            TypeError: it is no `AsyncSession`.
+            ContextSqlaError: the unit has one already, which nobody would close any more.
+        """
         self.check_open(connect)
+        if not isinstance(session, AsyncSession):
+            raise TypeError(f"{connect!r}: a session of a unit is an AsyncSession, not {type(session).__name__}")
+        if connect.context_key in self.slots:
+            raise ContextSqlaError(f"{connect!r}: its unit has one already; pop_db_session_from_context() or close it first")
         slot = self._slot_for(connect, session, host or connect.host or "")
         slot.foreign = True
         self.slots[connect.context_key] = slot
@@ -147,11 +157,11 @@ class Container:
         task = opening.get(key)
         if task is None:
             task = opening[key] = hold_quietly(self._open(connect, ahead))
-        elif task is asyncio.current_task():
-            raise ContextSqlaError(f"{connect!r}: its before_create_session_handler asked for a session of the connect itself")
+        else:
+            connect._refuse_own_handler()
         await asyncio.wait((task,))
         if task.cancelled():
-            raise _outlived(connect)
+            raise ContextClosedError(f"{connect!r}: its before_create_session_handler was cancelled, or what it awaited")
         return task.result()
 
     async def _open(self, connect: DBConnect[Any], ahead: bool) -> Slot:
@@ -210,7 +220,7 @@ class Container:
         slot = Slot(connect, session, host, self)
         if self._waiting is not None:
             for callback in self._waiting.pop(connect.context_key, ()):
-                slot.on_commit(callback)
+                slot.callbacks.add(callback, slot.sync)
         return slot
 
     async def _opened(self, timeout: float) -> None:
@@ -241,13 +251,6 @@ class Container:
                 self.slots[f"{key} handler"] = mine
             self.slots[key] = slot
         self._ahead = None
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None  # a thread of a synchronous handler
 
 
 def _outlived(connect: DBConnect[Any] | None) -> ContextClosedError:

@@ -10,7 +10,7 @@ from weakref import WeakSet, finalize
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ._engines import Watch, watch
-from ._settle import hold, logger
+from ._settle import hold, logger, running_loop
 
 
 class Grace(Protocol):
@@ -161,10 +161,8 @@ class Loops:
 
     def find(self) -> LoopState | None:
         """Return the state of the running loop, None if nothing was used in it."""
-        try:
-            return self._states.get(asyncio.get_running_loop())
-        except RuntimeError:
-            return None
+        loop = running_loop()
+        return None if loop is None else self._states.get(loop)
 
     def here(self, cleanup_timeout: float) -> LoopState:
         """Return the state of the running loop; the first call in a loop drops what dead loops have left."""
