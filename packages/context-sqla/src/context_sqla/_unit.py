@@ -229,7 +229,9 @@ class Unit(Container):
     async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
         await self._opened(self._patience)
         slots = self._own()
-        callbacks, self._on_commit = self._on_commit, None
+        callbacks: list[Callback] | None = None
+        if not (keep and any(slot.kept and slot.open for slot in slots)):  # P14: or else not everything is committed here
+            callbacks, self._on_commit = self._on_commit, None
         if not commits:
             self._drop_callbacks(slots)
             await _commit.roll_back(slots)
@@ -253,7 +255,7 @@ class Unit(Container):
 
     def _drop_callbacks(self, slots: list[Slot]) -> None:
         """Drop what waits for a commit that is not to come (P14)."""
-        self._waiting = None
+        self._on_commit = self._waiting = None
         for slot in slots:
             slot.callbacks.take()
 
