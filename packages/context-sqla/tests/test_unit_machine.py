@@ -38,7 +38,7 @@ from context_sqla.adapters import Phase, Unit
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event, text
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 INSERT = text("INSERT INTO items (name) VALUES (:name)")
@@ -539,3 +539,258 @@ def test_unit_keeps_its_word_in_any_order(program):
             machine.step(call, name, number)
     finally:
         machine.end()
+
+
+# Several tasks of one unit at once
+
+
+class Crowd:
+    """Tasks that work in one unit at the same time, each with a program of its own, and what must be true of any of it.
+
+    Who wins is nobody's business here. But every error is one of ours or of SQLAlchemy's; what was acknowledged is there if
+    everything went well; what nobody tried to commit after it was written is not; and nothing is left.
+    """
+
+    KNOWN = (ContextSqlaError, SQLAlchemyError, ZeroDivisionError, ConnectionAbortedError)
+    DESTROYING = frozenset({"roll_back", "close_session", "reset", "pop", "cancel", "atomic", "disconnected", "abort_host"})
+
+    def __init__(self, sides: dict[str, Side]) -> None:
+        self.sides = sides
+        self.clock = itertools.count()
+        self.written: dict[tuple[str, str], int] = {}  # when a write began
+        self.acknowledged: set[tuple[str, str]] = set()
+        self.last_commit = -1  # when the last attempt to commit ended
+        self.errors: list[Exception] = []
+        self.riddles: list[BaseException] = []
+        self.destroyed = False
+        self.unit: Unit | None = None
+
+    async def play(self, own, programs, *, status, waits):
+        """Let a request do its steps beside its tasks."""
+        self.unit = unit = Unit.enter()
+        children = [asyncio.create_task(self.follow(program)) for program in programs]
+        error: BaseException | None = None
+        try:
+            await self.follow(own)
+            if waits:
+                await asyncio.gather(*children)
+            await self.deciding(unit.head(status), status < 400)
+            await self.deciding(unit.end_of_body())
+        except Exception as exc:
+            error = exc
+            self.note(exc)
+        try:
+            await self.deciding(unit.close(error), error is None)
+        except Exception as exc:
+            self.note(exc)
+        self.destroyed = self.destroyed or error is not None or status >= 400
+        await asyncio.gather(*children)
+
+    async def follow(self, program):
+        for call, name, number in program:
+            self.destroyed = self.destroyed or call in self.DESTROYING
+            try:
+                await getattr(self, call)(self.sides[name], name, number)
+            except Exception as exc:
+                self.note(exc)
+            await asyncio.sleep(0)
+
+    def note(self, exc):
+        self.errors.append(exc)
+        if not isinstance(exc, self.KNOWN):
+            self.riddles.append(exc)
+
+    async def deciding(self, step, commits=True):
+        """Do what may commit."""
+        try:
+            return await step
+        finally:
+            if commits:
+                self.last_commit = next(self.clock)
+
+    async def write(self, side, name, number):
+        session = await db_session(side.connect)
+        await self._insert(session, name)
+
+    async def _insert(self, session, name):
+        row = f"row {next(self.clock)}"
+        self.written[name, row] = next(self.clock)
+        await session.execute(INSERT, {"name": row})
+        self.acknowledged.add((name, row))
+
+    async def commit(self, side, name, number):
+        await self.deciding(commit_db_session(side.connect))
+
+    async def commit_session(self, side, name, number):
+        await self.deciding((await db_session(side.connect)).commit())
+
+    async def commit_all(self, side, name, number):
+        await self.deciding(commit_all_sessions())
+
+    async def roll_back(self, side, name, number):
+        if number % 2:
+            await rollback_db_session(side.connect)
+        else:
+            await (await db_session(side.connect)).rollback()
+
+    async def close_session(self, side, name, number):
+        if number % 2:
+            await close_db_session(side.connect)
+        else:
+            await (await db_session(side.connect)).close()
+
+    async def atomic(self, side, name, number):
+        async def block():
+            async with atomic_db_session(side.connect, ["commit", "rollback", "append", "raise"][number % 4]) as session:
+                await self._insert(session, name)
+                if number > 4:
+                    raise ZeroDivisionError
+
+        await self.deciding(block())
+
+    async def nested(self, side, name, number):
+        await self.deciding(run_in_new_ctx(self.write, side, name, number))
+
+    async def by_hand(self, side, name, number):
+        token = init_db_session_ctx(force=True)
+        try:
+            await self.write(side, name, number)
+            await self.deciding(commit_all_sessions())
+        finally:
+            await reset_db_session_ctx(token)
+
+    async def reset(self, side, name, number):
+        """A token that was used, or a unit by hand that is rolled back."""
+        token = init_db_session_ctx(force=True)
+        try:
+            await self.write(side, name, number)
+        finally:
+            await reset_db_session_ctx(token)
+        await reset_db_session_ctx(token)
+
+    async def keep(self, side, name, number):
+        await keep_transaction(side.connect)
+
+    async def register(self, side, name, number):
+        on_commit(list, connect=side.connect if number % 2 else None)
+
+    async def pop(self, side, name, number):
+        session = pop_db_session_from_context(side.connect)
+        if session is not None:
+            await session.close()
+
+    async def put(self, side, name, number):
+        session = await side.connect.create_session()
+        try:
+            put_db_session_to_context(side.connect, session)
+        except ContextSqlaError:
+            await session.close()
+            raise
+
+    async def cancel(self, side, name, number):
+        task = asyncio.create_task(self.write(side, name, number))
+        for _ in range(number):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait((task,))
+        if not task.cancelled() and task.exception() is not None:
+            self.note(task.exception())
+
+    async def change_host(self, side, name, number):
+        await side.connect.change_host(f"host{number % 3}")
+
+    async def abort_host(self, side, name, number):
+        side.connect.abort_host(side.connect.host)
+
+    async def close_connect(self, side, name, number):
+        await side.connect.close()
+
+    async def ping(self, side, name, number):
+        await side.connect.ping(10)
+
+    async def head(self, side, name, number):
+        status = STATUSES[number]
+        self.destroyed = self.destroyed or status >= 400
+        await self.deciding(self.unit.head(status), status < 400)
+
+    async def end_of_body(self, side, name, number):
+        await self.deciding(self.unit.end_of_body())
+
+    async def disconnected(self, side, name, number):
+        self.unit.disconnected()
+
+    def look(self) -> None:
+        """Say what must be true when everybody is done."""
+        assert self.riddles == [], f"no error of ours, nor of SQLAlchemy: {self.riddles!r}"
+        for name, side in self.sides.items():
+            names = side.names()
+            mine = {row for place, row in self.acknowledged if place == name}
+            assert self.destroyed or self.errors or mine <= names, f"{mine - names} were acknowledged and are lost"
+            ghosts = {row for (place, row), began in self.written.items() if place == name and began > self.last_commit}
+            assert not ghosts & names, f"{ghosts & names} are there, and nobody has committed since"
+
+
+class Hasty(Side):
+    """Who finds the database locked is told so at once."""
+
+    @staticmethod
+    def _prepare(dbapi, record) -> None:
+        Side._prepare(dbapi, record)
+        cursor = dbapi.cursor()
+        cursor.execute("PRAGMA busy_timeout = 0")
+        cursor.close()
+
+
+ALONE = ["write"] * 6 + [
+    "commit",
+    "commit_session",
+    "commit_all",
+    "roll_back",
+    "close_session",
+    "atomic",
+    "nested",
+    "by_hand",
+    "reset",
+]
+ALONE += ["keep", "register", "pop", "put", "cancel", "change_host", "abort_host", "close_connect", "ping"]
+calls = st.tuples(st.sampled_from(ALONE), st.sampled_from(["left", "right"]), st.integers(0, 6))
+own_calls = st.one_of(
+    calls, st.tuples(st.sampled_from(["head", "end_of_body", "disconnected"]), st.just("left"), st.integers(0, 6))
+)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    st.lists(own_calls, max_size=8),
+    st.lists(st.lists(calls, min_size=1, max_size=6), min_size=1, max_size=3),
+    st.sampled_from([200, 200, 404]),
+    st.booleans(),
+)
+def test_tasks_of_a_unit_lose_nothing_and_leave_nothing(own, programs, status, waits):
+    """Tasks that write, commit, roll back, close, cancel, nest and switch at once in one unit, in any order (P2, P7a, P8, P10, P19)."""
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
+        sides = {name: Hasty(name, folder) for name in ("left", "right")}
+        for side in sides.values():
+            side.connect.drain_timeout = 0.05
+        crowd = Crowd(sides)
+
+        async def check():
+            async with asyncio.timeout(60):
+                await asyncio.create_task(crowd.play(own, programs, status=status, waits=waits))
+                left = asyncio.all_tasks() - {asyncio.current_task()}
+                if left:
+                    await asyncio.wait(left)  # clean-up that is held
+                assert sum(side.checked_out() for side in sides.values()) == 0
+                assert not is_context_initiated()
+                crowd.look()
+                for side in sides.values():
+                    await run_in_new_ctx(_insert_afterwards, side)
+                    assert "afterwards" in side.names()
+                    await side.connect.close()
+                    side.observer.close()
+
+        runner.run(check())
+
+
+async def _insert_afterwards(side):
+    await (await db_session(side.connect)).execute(INSERT, {"name": "afterwards"})
