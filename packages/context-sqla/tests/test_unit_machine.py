@@ -564,6 +564,7 @@ class Crowd:
         self.riddles: list[BaseException] = []
         self.destroyed = False
         self.unit: Unit | None = None
+        self.popped: list[AsyncSession] = []  # nobody's affair but ours
 
     async def play(self, own, programs, *, status, waits):
         """Let a request do its steps beside its tasks."""
@@ -585,6 +586,8 @@ class Crowd:
             self.note(exc)
         self.destroyed = self.destroyed or error is not None or status >= 400
         await asyncio.gather(*children)
+        for session in self.popped:
+            await session.close()
 
     async def follow(self, program):
         for call, name, number in program:
@@ -677,6 +680,7 @@ class Crowd:
     async def pop(self, side, name, number):
         session = pop_db_session_from_context(side.connect)
         if session is not None:
+            self.popped.append(session)
             await session.close()
 
     async def put(self, side, name, number):

@@ -87,8 +87,7 @@ class Container:
             self._producers = {*(self._producers or ()), asyncio.current_task()}
             if self.phase is HANDLER:
                 ahead = True
-                if self._ahead is None:
-                    self._ahead = {}
+                self._ahead = self._ahead or {}
         slots = self._slots(ahead)
         slot = slots.get(key) or (self.borrowed or {}).get(key)
         if slot is None:
@@ -136,8 +135,7 @@ class Container:
 
     def on_first_commit(self, connect: DBConnect[Any], callback: Callback) -> None:
         """Run this after the first commit of a session that is not open yet."""
-        if self._waiting is None:
-            self._waiting = {}
+        self._waiting = self._waiting or {}
         self._waiting.setdefault(connect.context_key, []).append(callback)
 
     async def run_callback(self, callback: Callback) -> None:
@@ -149,9 +147,7 @@ class Container:
 
     async def _open_once(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         """Open a session in a task that all askers share: the first may be cancelled, the others still get it."""
-        opening = self._opening
-        if opening is None:
-            opening = self._opening = {}
+        opening = self._opening = self._opening or {}
         key = connect.context_key
         self._patience = max(self._patience, connect.cleanup_timeout)
         task = opening.get(key)
@@ -186,9 +182,7 @@ class Container:
         turn = (test.turns or {}).get(connect.context_key)
         if turn is None:
             slot = await test.slot(connect)
-            if self.borrowed is None:
-                self.borrowed = {}
-            self.borrowed[connect.context_key] = slot
+            self.borrowed = {**(self.borrowed or {}), connect.context_key: slot}
             await slot.flush()
             return slot
         if self.options:

@@ -87,12 +87,10 @@ class LoopState:
             return True
         if self._drained is None:
             self._drained = asyncio.Event()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._drained.wait()
-        except TimeoutError:
-            return not self.active
-        return True
+        return not self.active
 
     def retire(self, member: Member, timeout: float) -> None:
         """Take an engine out of use; its idle connections are closed in a task that is held."""
