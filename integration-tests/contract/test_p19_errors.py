@@ -15,9 +15,12 @@ from context_sqla import (
     UnavailableError,
     UnsupportedOptionError,
     atomic_db_session,
+    close_db_session,
     db_session,
     init_db_session_ctx,
     keep_transaction,
+    on_commit,
+    rollback_db_session,
 )
 from sqlalchemy import text
 from support.deadline import until
@@ -301,3 +304,210 @@ async def test_setup_after_the_start_is_refused(serve, framework, db):
     setup = importlib.import_module(f"context_sqla_{framework.module}").setup
     with pytest.raises(SetupError, match="started"):
         setup(service.app, db)
+
+
+# What the application gives the adapter, and that cannot work
+
+
+async def _write_as(serve, db, status, **application):
+    """Serve a handler that writes and answers with a status; return what the client got."""
+
+    async def handler(request):
+        await insert(db, "a")
+        return Answer(status)
+
+    return await (await serve(handler, **application)).post()
+
+
+def _rule_that_raises(status):
+    raise ZeroDivisionError
+
+
+async def _asynchronous_rule(status):
+    return status < 400
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize(
+    ("rule", "status"),
+    [(_rule_that_raises, 200), (lambda status: None, 200), (_asynchronous_rule, 404)],
+    ids=["raises", "None", "async"],
+)
+async def test_rule_without_an_answer_is_a_500(serve, db, ledger, rule, status):
+    """A ``should_commit`` that fails, forgets to answer or is asynchronous decides nothing: a 500, and no row (P3, P19)."""
+    answer = await _write_as(serve, db, status, should_commit=rule)
+
+    assert answer.status == 500
+    assert await ledger.names() == []
+
+
+async def _commits(session):
+    await session.commit()
+
+
+@pytest.mark.parametrize("hook", [lambda session: None, _commits], ids=["plain", "commits"])
+async def test_before_commit_that_cannot_work_is_a_500(serve, db, ledger, hook):
+    """One that is no async function, or ends the transaction that it is asked about, refuses: a 500, and no row (P14, P19)."""
+    answer = await _write_as(serve, db, 200, before_commit=hook)
+
+    assert answer.status == 500
+    assert await ledger.names() == []
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unit", "connect"])
+async def test_callback_that_is_cancelled_from_inside_changes_nothing(serve, db, ledger, bound):
+    """A callback that ends with a cancellation of its own does not cancel the request (P14)."""
+
+    async def cancelled():
+        raise asyncio.CancelledError
+
+    async def handler(request):
+        await insert(db, "a")
+        on_commit(cancelled, connect=db if bound else None)
+        return Answer(201)
+
+    answer = await (await serve(handler)).post()
+
+    assert (answer.status, answer.complete) == (201, True)
+    assert await ledger.names() == ["a"]
+
+
+async def test_handler_of_hosts_that_is_cancelled_from_inside_is_a_500(serve, connect, ledger):
+    """A ``before_create_session_handler`` whose own work was cancelled fails the request, and does not cancel it (P13, P19)."""
+
+    async def choose(connect):
+        raise asyncio.CancelledError
+
+    db = await connect("db", handler=choose)
+    answer = await _write_as(serve, db, 200)
+
+    assert answer.status == 500
+    assert await ledger.names() == []
+
+
+@pytest.mark.parametrize("returned", [5, ""])
+async def test_handler_of_hosts_that_returns_nonsense_is_a_500(serve, connect, ledger, returned):
+    """What is no host is refused; the next request is not harmed (P13, P19)."""
+    answers = [returned, None]
+
+    async def choose(connect):
+        return answers.pop(0)
+
+    db = await connect("db", handler=choose)
+
+    async def handler(request):
+        await insert(db, "a")
+        return Answer(201)
+
+    service = await serve(handler)
+
+    assert [(await service.post()).status, (await service.post()).status] == [500, 201]
+    assert await ledger.names() == ["a"]
+
+
+async def test_unit_ended_by_hand_in_every_way_answers_all_the_same(serve, db, ledger):
+    """Committed, rolled back, closed and closed again in the handler: what was committed is there, and the answer is good (P17)."""
+
+    async def handler(request):
+        await insert(db, "a")
+        session = await db_session(db)
+        async with session.begin_nested():
+            await insert(db, "b")
+        await session.commit()
+        await insert(db, "c")
+        await session.close()
+        await session.close()
+        await close_db_session(db)
+        await close_db_session(db)
+        await insert(db, "d")
+        await rollback_db_session(db)
+        await insert(db, "e")
+        return Answer(201)
+
+    answer = await (await serve(handler)).post()
+
+    assert answer.status == 201
+    assert await ledger.names() == ["a", "b", "e"]
+
+
+async def test_thread_that_asks_first_fails_its_request(serve, db, ledger):
+    """A thread with a loop of its own gets no session of the request, also where it asks first: a 500, and nothing is lost (P15)."""
+
+    async def handler(request):
+        await asyncio.to_thread(lambda: asyncio.run(insert(db, "a")))
+        return Answer(201)
+
+    answer = await (await serve(handler)).post()
+
+    assert answer.status == 500
+    assert await ledger.names() == []
+
+
+async def test_session_that_a_thread_was_given_fails_its_request(serve, db, ledger):
+    """Nor can it use one that the request has asked for: nothing is committed that was not answered for (P15)."""
+
+    async def handler(request):
+        session = await db_session(db)
+        await asyncio.to_thread(lambda: asyncio.run(_insert_on(session)))
+        return Answer(201)
+
+    answer = await (await serve(handler)).post()
+
+    assert answer.status == 500
+    assert await ledger.names() == []
+
+
+async def _insert_on(session):
+    await session.execute(text("INSERT INTO items (name) VALUES ('a')"))
+
+
+# setup, twice and with what cannot work
+
+
+def _setup_of(framework):
+    return importlib.import_module(f"context_sqla_{framework.module}").setup
+
+
+@pytest.mark.parametrize("wrong", [None, "sqlite+aiosqlite://"], ids=["None", "url"])
+async def test_setup_takes_connects_and_can_be_repeated(framework, bench, db, monkeypatch, wrong):
+    """What is no connect is told where it is written; the application is as it was, and can be set up well (P19)."""
+
+    async def handler(request):
+        return Answer(200)
+
+    setup = _setup_of(framework)
+    monkeypatch.setattr(framework.driver(), "setup", lambda app, *connects, **options: app)
+    app = bench.build(Route("/", handler))
+    with pytest.raises(TypeError, match=r"setup\(app, \*connects\) takes DBConnect objects"):
+        setup(app, db, wrong)
+    setup(app, db)
+
+
+async def test_setup_of_a_connect_tells_what_goes_first(framework, db):
+    """The connect in the application's place is told as such (P19)."""
+    with pytest.raises(TypeError, match=r"setup\(app, db, other\)"):
+        _setup_of(framework)(db, object())
+
+
+async def test_two_applications_share_a_connect(serve, db, ledger):
+    """Each is set up with it; one that stops closes it, and the other goes on (P15)."""
+
+    async def handler(request):
+        await insert(db, request.query["name"])
+        return Answer(201)
+
+    one, two = await serve(handler), await serve(handler)
+    answers = [(await one.post("/?name=a")).status, (await two.post("/?name=b")).status]
+    await one.stop()
+    answers += [(await two.post("/?name=c")).status, (await two.post("/?name=d")).status]
+
+    assert answers == [201] * 4
+    assert await ledger.names() == ["a", "b", "c", "d"]
+
+
+async def test_connect_named_twice_is_closed_once(serve, db, ledger):
+    """``setup(app, db, db)`` is ``setup(app, db)`` (P15)."""
+    answer = await _write_as(serve, db, 201, connects=[db, db])
+
+    assert answer.status == 201
+    assert await ledger.names() == ["a"]

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, close_connects, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, check_connects, close_connects, retry_after_header
 from context_sqla.errors import SetupError, UnavailableError
 
 from ._wire import Wire, wire_of
@@ -39,7 +39,9 @@ def setup(
 
     Raises:
         SetupError: the application has started, was added to another, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
+    check_connects(*connects)
     if app.pre_frozen or app.on_startup.frozen:
         raise SetupError("the application has started, or was added to another: call setup(app, ...) where it is made")
     if _READY in vars(app):

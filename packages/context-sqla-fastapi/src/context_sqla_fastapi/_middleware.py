@@ -40,6 +40,7 @@ def setup(
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
     outer = partial(OuterPart, before_commit=before_commit, should_commit=should_commit)
     install(app, *connects, outer=outer, inner=_InnerPart, unavailable=_unavailable)

@@ -1,5 +1,6 @@
 """Names of hosts: "db1", "db1:5433", "[::1]:5432"; and the URLs and options with which they are reached."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
@@ -7,6 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import parse_qsl, unquote
 
 Driver: TypeAlias = Literal["asyncpg", "psycopg"]
+_PORT = re.compile("[1-9][0-9]{0,4}")
+_WITHOUT_GAPS = re.compile(r"[^\x00-\x20\x7f\s]*")
 
 
 class Address(NamedTuple):
@@ -66,12 +69,14 @@ def parse_host(host: str, port: int = 5432) -> Address:
     text = host.strip()
     if "/" in text or "@" in text:
         raise ValueError("a host is 'name' or 'name:port', not a URL or a path")
+    if not _WITHOUT_GAPS.fullmatch(text):
+        raise ValueError("a host is 'name' or 'name:port', without white space")
     name, separator, number = text.rpartition(":")
     if not separator or text.endswith("]") or (":" in name and not name.startswith("[")):
         name, number = text, str(port)
     if name.startswith("[") is not name.endswith("]") or not name.strip("[]"):
         raise ValueError(f"{text!r} is no host: write 'name' or 'name:port'")
-    if not (number.isdigit() and 0 < int(number) < 65536):
+    if not (_PORT.fullmatch(number) and int(number) < 65536):
         raise ValueError(f"{text!r} is no host: its port is not a number below 65536")
     return Address(name.strip("[]"), int(number))
 
@@ -96,9 +101,11 @@ def parse_url(url: str) -> tuple[list[str], Login, int]:
     database, _, query = path.partition("?")
     options = dict(parse_qsl(query))
     ssl = options.pop("sslmode", None) or options.pop("ssl", None)
-    port = int(options.pop("port", "5432"))
+    port = options.pop("port", "5432")
+    if not (_PORT.fullmatch(port) and int(port) < 65536):
+        raise ValueError("the port of the URL is not a number below 65536")
     hosts = [name for name in (names or options.pop("host", "")).split(",") if name]
     if options:
         raise ValueError(f"these options of the URL are not known: {', '.join(sorted(options))}")
     chosen: Driver | None = "asyncpg" if driver == "asyncpg" else "psycopg" if driver == "psycopg" else None
-    return hosts, Login(unquote(user) or None, unquote(password) or None, unquote(database) or None, ssl, chosen), port
+    return hosts, Login(unquote(user) or None, unquote(password) or None, unquote(database) or None, ssl, chosen), int(port)

@@ -126,7 +126,7 @@ def _hosts(reader: _Reader) -> list[str]:
     delimiter = reader.text("", "delimiter") or ","
     hosts = [part.strip() for part in found[1].split(delimiter) if part.strip()]
     ports = [part.strip() for part in (reader.text("PORT", "pg_port", "port") or "").split(",") if part.strip()]
-    if any(not port.isdigit() for port in ports) or len(ports) not in (0, 1, len(hosts)):
+    if not all(re.fullmatch("[0-9]{1,5}", port) for port in ports) or len(ports) not in (0, 1, len(hosts)):
         raise ValueError("the port is one number, or one for each host")
     if not ports:
         return hosts

@@ -92,8 +92,11 @@ class Hosts:
         weights: Mapping[str, float] | None = None,
         patroni: Mapping[str, str] | None = None,
     ) -> None:
-        if interval <= 0 or timeout <= 0 or max_fails < 1 or not 0 <= jitter < 1:
-            raise ValueError("interval and timeout must be above 0, max_fails at least 1, jitter at least 0 and below 1")
+        seconds = (interval, timeout, 1 if stale_after is None else stale_after)
+        if not (min(seconds) > 0 and sum(seconds) > 0 and max_fails >= 1 and 0 <= jitter < 1):  # a sum with NaN is NaN
+            raise ValueError(
+                "interval, timeout and stale_after must be above 0, max_fails at least 1, jitter at least 0 and below 1"
+            )
         self.interval: float = interval
         self.timeout: float = timeout
         self.jitter: float = jitter

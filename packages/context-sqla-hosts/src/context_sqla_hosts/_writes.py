@@ -1,6 +1,7 @@
 """Read your own writes: note where a commit has left the log, and let the visitor's next reads be at least there."""
 
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_NAME, _PATH, _SITES, _SECONDS = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", r"[!-:<-~]+", "lax|strict|none", "[0-9]+"
 _WROTE = "context_sqla_hosts.wrote"
 _HAS_WRITTEN = text("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
 # The insert position, and after the commit: the write position and the flush position may lie before the commit's own record.
@@ -49,6 +51,9 @@ class ReadYourWrites:
         secure: send the cookie over HTTPS only.
         same_site: the cookie's attribute.
         path: the cookie's attribute.
+
+    Raises:
+        ValueError: something that cannot stand in a header, or a weak key.
     """
 
     def __init__(
@@ -67,7 +72,16 @@ class ReadYourWrites:
         self.cookie: str | None = cookie
         self.header: str | None = header
         self._tokens = Tokens(keys, max_age)
-        site = {"lax": "Lax", "strict": "Strict", "none": "None"}[same_site]
+        for option, value, allowed in (
+            ("cookie", cookie or "-", _NAME),
+            ("header", header or "-", _NAME),
+            ("path", path, _PATH),
+            ("same_site", same_site, _SITES),
+            ("max_age", max_age, _SECONDS),
+        ):
+            if not re.fullmatch(allowed, str(value)):
+                raise ValueError(f"{option}={value!r} cannot stand in a header")
+        site = same_site.capitalize()
         self._attributes = f"; Max-Age={max_age}; Path={path}; HttpOnly; SameSite={site}" + ("; Secure" if secure else "")
         for connect in connects:
             connect.before_commit.append(self._before_commit)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from context_sqla import DBConnect, db_session
-from context_sqla.adapters import AsyncSession, BeforeCommitCallback, close_connects, explain, retry_after_header
+from context_sqla.adapters import AsyncSession, BeforeCommitCallback, check_connects, close_connects, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire
 from litestar import Litestar, MediaType, Request, Response
@@ -34,6 +34,7 @@ def setup(
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
     plugin = ContextSQLAPlugin(*connects, should_commit=should_commit, before_commit=before_commit)
     if isinstance(app, AppConfig):
@@ -78,6 +79,7 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
 
     Raises:
         ValueError: a `session_key` without a connect.
+        TypeError: one of the connects is no `DBConnect`.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
     ) -> None:
         if session_key is not None and not connects:
             raise ValueError("session_key names the session of the first connect, and there is no connect")
-        self._connects = connects
+        self._connects = check_connects(*connects)
         self._around = partial(ASGIHTTPDBSessionMiddleware, before_commit=before_commit, should_commit=should_commit)
         self._session_key = session_key
 

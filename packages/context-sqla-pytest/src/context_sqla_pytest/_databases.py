@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -29,10 +30,13 @@ class Databases:
 
     Args:
         given: a URL; None for an embedded server.
+
+    Raises:
+        pytest.UsageError: it is no URL.
     """
 
     def __init__(self, given: str | None) -> None:
-        self._given = make_url(given) if given else None
+        self._given = _parsed(given) if given else None
         self._worker = os.environ.get("PYTEST_XDIST_WORKER")
         self._key = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # what the workers of a run have in common
         self._run: Run | None = None
@@ -174,6 +178,15 @@ async def _execute(url: URL, statement: str) -> None:
     async with engine.connect() as connection:
         await connection.exec_driver_sql(statement)
     await engine.dispose()
+
+
+def _parsed(given: str) -> URL:
+    try:
+        return make_url(given)
+    except (ArgumentError, ValueError):  # P20: they quote it
+        raise pytest.UsageError(
+            f"context-sqla: --context-sqla-url or {VARIABLE} is no URL; write for example 'postgresql+asyncpg://user@host/test'"
+        ) from None
 
 
 def _driver() -> str:

@@ -215,5 +215,5 @@ def _load(name: str, option: str) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as exc:
+    except (ImportError, AttributeError, TypeError, ValueError) as exc:
         raise pytest.UsageError(f"context-sqla: {name!r} in {option} is not 'package.module:name' of something: {exc}") from exc

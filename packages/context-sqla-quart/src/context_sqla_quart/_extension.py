@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from context_sqla import DBConnect, run_in_new_ctx
-from context_sqla.adapters import BeforeCommitCallback, explain, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, check_connects, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
@@ -41,6 +41,7 @@ def setup(
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
     ContextSQLA(app, *connects, should_commit=should_commit, before_commit=before_commit)
 
@@ -56,6 +57,7 @@ class ContextSQLA:
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class ContextSQLA:
         should_commit: Rule | None = None,
         before_commit: BeforeCommitCallback | None = None,
     ) -> None:
-        self._connects = connects
+        self._connects = check_connects(*connects)
         self._should_commit = should_commit
         self._before_commit = before_commit
         if app is not None:
@@ -80,13 +82,14 @@ class ContextSQLA:
 
         Raises:
             SetupError: the application has started, or is set up already.
+            TypeError: one of the connects is no `DBConnect`.
         """
         if hasattr(app, "shutdown_event") or getattr(app, "_got_first_request", False):
             raise SetupError("the application has started: call setup(app, ...) where the application is made")
         if _EXTENSION in app.extensions:
             raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
-        app.extensions[_EXTENSION] = self
         self._install(app, *connects)
+        app.extensions[_EXTENSION] = self
 
     def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
         options: Any = {"should_commit": self._should_commit, "before_commit": self._before_commit}

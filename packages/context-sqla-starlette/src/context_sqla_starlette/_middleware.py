@@ -46,6 +46,7 @@ def setup(
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
     install(app, *connects, outer=partial(OuterPart, before_commit=before_commit, should_commit=should_commit))
 
@@ -212,12 +213,14 @@ def install(
 
     Raises:
         SetupError: the application has started, or is set up already.
+        TypeError: one of the connects is no `DBConnect`.
     """
+    check_connects(*connects)
     if app.middleware_stack is not None:
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
     if app in _ready:
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
-    app.router.lifespan_context = _closing_after(app.router.lifespan_context, check_connects(*connects))
+    app.router.lifespan_context = _closing_after(app.router.lifespan_context, connects)
     _ready.add(app)
     build = app.build_middleware_stack
 

@@ -40,7 +40,9 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
     try:
         await _prepare(working, committing)
         if committing:
-            await settle(lambda: _commit_all(committing, done))
+            # Each step bounds itself, but not a callback that waits for this commit.
+            patience = sum(3 * slot.connect.commit_timeout + slot.connect.drain_timeout for slot in committing)
+            await settle(lambda: _commit_all(committing, done), patience=patience)
     except BaseException as exc:
         _tell_completion(exc, committing, done)
         await roll_back(working, exc)
@@ -188,7 +190,7 @@ async def _commit_prepared(slots: Sequence[Slot], done: list[Slot]) -> None:
         try:
             await slot.commit()
         except Exception as exc:
-            waiting = slot.take_callbacks()
+            waiting = slot.callbacks.take()
             await slot.abandon("its COMMIT PREPARED failed")  # a rollback would undo what is decided
             try:
                 await _finish(slot, prepared, "COMMIT")
@@ -255,9 +257,7 @@ def explain(exc: BaseException) -> None:
     Args:
         exc: what the request raised; it is explained once.
     """
-    text = str(exc)
-    shared = isinstance(exc, InvalidRequestError) and (
-        exc.code == "isce" or "concurrent operations" in text or "already flushing" in text
-    )
-    if shared and _REMEDY not in getattr(exc, "__notes__", ()):
+    if not isinstance(exc, InvalidRequestError) or _REMEDY in getattr(exc, "__notes__", ()):
+        return  # and is not asked for its text: that of an application's own error may fail
+    if exc.code == "isce" or "concurrent operations" in str(exc) or "already flushing" in str(exc):
         exc.add_note(_REMEDY)

@@ -1,10 +1,10 @@
 """DBConnect: one database and role, its engines (one per host and event loop) and its session makers."""
 
 import asyncio
-import inspect
 import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast, overload
 
@@ -13,13 +13,19 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from . import _context, _drivers
+from ._callbacks import awaited
 from ._loops import Loops, LoopState, Member
 from ._settle import hold, logger
 from .errors import ContextSqlaError, ForeignLoopError, UnavailableError
 
 S = TypeVar("S", bound=AsyncSession)
 _HOSTLESS = "local"
+_MAY_BE_NONE = ("handler_timeout", "warn_held_after")
 _numbers = itertools.count(1)
+# A name, an IPv6 address in brackets or without; a port where that is clear.
+_PART = r"[^\x00-\x20\x7f/@:\[\]]"
+_HOST = re.compile(rf"({_PART}+|\[(?:{_PART}|:)+\]|{_PART}*:{_PART}*:(?:{_PART}|:)*)(?::([1-9][0-9]{{0,4}}))?")
+_choosing: ContextVar[tuple[set[Any], ...]] = ContextVar("context_sqla_choosing", default=())  # whose handlers are running here
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +96,10 @@ class DBConnect(Generic[S]):
         handler_timeout: float | None = None,
         warn_held_after: float | None = None,
     ) -> None:
-        if host is not None:
-            _check_host(host)
         self.host: str | None = host
         number = next(_numbers)
         self.context_key: str = f"context_sqla:{number}"
-        self.name: str = name or f"db{number}"
+        self.name: str = str(name or f"db{number}")
         self.before_create_session_handler: Callable[[DBConnect[S]], Awaitable[str | None]] | None = before_create_session_handler
         self.check_failed_transaction: bool = check_failed_transaction
         self.cleanup_timeout: float = cleanup_timeout
@@ -111,6 +115,7 @@ class DBConnect(Generic[S]):
         self._session_maker_creator = session_maker_creator
         self._adopted: async_sessionmaker[S] | None = None
         self._loops = Loops()
+        _check(self)
 
     def __repr__(self) -> str:
         return f"<DBConnect {self.name!r} host={_shown(self.host)!r}>"
@@ -171,21 +176,21 @@ class DBConnect(Generic[S]):
         """
         parsed = _drivers.parse(url)
         own = _host_of(parsed)
-        if host is not None:
-            _check_host(host)
-            _with_host(parsed, host)  # a wrong one is told here, and not by the first request
+        name = options.setdefault("name", _name_of(parsed))
+        if host is not None or parsed.host:
+            _check_host(own if host is None else host, repr(name))
+            _with_host(parsed, host or own, name)  # a wrong one is told here, and not by the first request
         settings = dict(session_options or {})
         settings.setdefault("expire_on_commit", False)
         settings.setdefault("class_", session_class)
 
         def create_engine(wanted: str) -> AsyncEngine:
-            target = parsed if wanted == own else _with_host(parsed, wanted)
+            target = parsed if wanted == own else _with_host(parsed, wanted, name)
             return create_async_engine(target, **dict(engine_options or {}))
 
         def create_maker(engine: AsyncEngine) -> async_sessionmaker[Any]:
             return async_sessionmaker(engine, **settings)
 
-        options.setdefault("name", _name_of(parsed))
         return cls(create_engine, create_maker, own if host is None else host, before_create_session_handler, **options)
 
     @classmethod
@@ -213,7 +218,7 @@ class DBConnect(Generic[S]):
         Raises:
             ValueError: the host is empty.
         """
-        _check_host(host)
+        _check_host(host, self)
         here = self._here()
         fresh = self._make(host)
         if (old := here.members.get(host)) is not None:
@@ -229,7 +234,7 @@ class DBConnect(Generic[S]):
         Raises:
             ValueError: the host is empty.
         """
-        _check_host(host)
+        _check_host(host, self)
         here = self._here()
         if host == self.host and host in here.members:
             return
@@ -305,7 +310,7 @@ class DBConnect(Generic[S]):
         if not task.done():
             raise UnavailableError(f"{self!r}: no answer within {timeout:g} s", retry_after=1)
         error = task.result()
-        if isinstance(error, (ValueError, TypeError, UnavailableError)):
+        if isinstance(error, (ValueError, TypeError, ContextSqlaError)):
             raise error
         if error is not None:
             raise UnavailableError(f"{self!r}: {type(error).__name__}", retry_after=1) from error
@@ -329,7 +334,7 @@ class DBConnect(Generic[S]):
 
         What runs on them fails at once instead of waiting for an answer that will not come.
         """
-        _check_host(host)
+        _check_host(host, self)
         return self._loops.abort(host)
 
     # For the rest of the core
@@ -339,17 +344,28 @@ class DBConnect(Generic[S]):
         handler = self.before_create_session_handler
         if handler is None:
             return None
+        self._refuse_own_handler()
+        mine: set[Any] = {self}  # emptied at the end: a task that the handler has started may ask later
+        token = _choosing.set((*_choosing.get(), mine))
         limit = asyncio.timeout(self.handler_timeout)
         try:
             async with limit:
-                host = await handler(self)
+                host: str | None = await awaited(handler(self), f"{self!r}: before_create_session_handler")
         except TimeoutError as exc:
             if not limit.expired():
                 raise
             raise UnavailableError(f"{self!r}: its handler took longer than {self.handler_timeout:g} s", retry_after=1) from exc
+        finally:
+            _choosing.reset(token)
+            mine.clear()
         if host is not None:
-            _check_host(host)
+            _check_host(host, f"{self!r}: its before_create_session_handler")
         return host
+
+    def _refuse_own_handler(self) -> None:
+        """Raise where this runs inside the handler: its session would wait for itself, or ask for the next one without end."""
+        if any(self in connects for connects in _choosing.get()):
+            raise ContextSqlaError(f"{self!r}: its before_create_session_handler asked for a session of the connect itself")
 
     def _member(self, host: str | None = None) -> Member:
         """Return the engine of a host, by default the current one, in the running loop; never awaits (P13)."""
@@ -413,13 +429,24 @@ async def _quietly(probe: Any) -> Exception | None:
     return None
 
 
-def _check_host(host: object) -> None:
+def _check(connect: DBConnect[Any]) -> None:
+    """Tell what cannot work where it is written, and not in the first request."""
+    for function in (connect._engine_creator, connect._session_maker_creator, connect.before_create_session_handler or repr):
+        if not callable(function):
+            raise TypeError(f"{connect!r}: the creators and the handler are functions, not {type(function).__name__}")
+    for option in ("cleanup_timeout", "commit_timeout", "drain_timeout", "idle_host_grace", "handler_timeout", "warn_held_after"):
+        seconds = getattr(connect, option)
+        if not ((isinstance(seconds, int | float) and seconds >= 0) or (seconds is None and option in _MAY_BE_NONE)):
+            raise ValueError(f"{connect!r}: {option} is a number of seconds, not {seconds!r}")
+    if connect.host is not None:
+        _check_host(connect.host, connect)
+
+
+def _check_host(host: object, whose: object) -> None:
     if not isinstance(host, str):
-        if inspect.isawaitable(host):
-            raise TypeError("a host is a string, not an awaitable: is an 'await' missing?")
-        raise TypeError(f"a host is a string, not {type(host).__name__}")
+        raise TypeError(f"{whose}: a host is a string, not {type(host).__name__} (is an 'await' missing?)")
     if not host.strip():
-        raise ValueError("a host must not be empty")
+        raise ValueError(f"{whose}: a host must not be empty")
 
 
 def _shown(host: str | None) -> str | None:
@@ -440,18 +467,14 @@ def _host_of(url: URL) -> str:
     return f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
 
 
-def _with_host(url: URL, host: str) -> URL:
+def _with_host(url: URL, host: str, name: str | None) -> URL:
     """Replace the host of a URL by "name", "name:port", "[v6]" or "[v6]:port"."""
     if url.get_backend_name() == "sqlite":
-        raise ValueError("an SQLite database has no host that another could replace")
-    if "/" in host or "@" in host:
-        raise ValueError("a host is 'name' or 'name:port', not a URL")  # P20: and is not repeated here
-    name, separator, port = host.rpartition(":")
-    if not separator or host.endswith("]") or (":" in name and not name.startswith("[")):
-        name, port = host, ""
-    elif not (port.isdigit() and int(port) < 65536):
-        raise ValueError(f"{host!r} is no host: write 'name' or 'name:port'")
-    if not name.strip("[]") or name.startswith("[") is not name.endswith("]"):
-        raise ValueError(f"{host!r} is no host, it has no name: write 'name' or 'name:port'")
-    target = url.set(host=name.strip("[]"))
-    return target.set(port=int(port)) if port else target
+        raise ValueError(f"{name!r}: an SQLite database has no host that another could replace")
+    found = _HOST.fullmatch(host)
+    port = int(found[2] or 0) if found is not None else 0
+    if found is None or port > 65535:
+        given = "a URL" if "/" in host or "@" in host else repr(host)  # P20: a URL is not repeated
+        raise ValueError(f"{name!r}: a host is 'name' or 'name:port', not {given}")
+    target = url.set(host=found[1].strip("[]"))
+    return target.set(port=port) if port else target

@@ -11,7 +11,8 @@ from . import _events  # noqa: F401  # from here on sessions are listened to
 from ._callbacks import Callback
 from ._connect import DBConnect
 from ._options import check_options
-from ._policy import Policy
+from ._policy import DEFAULT_POLICY, Policy
+from ._settle import running_loop
 from ._slot import Slot
 from .errors import ContextClosedError, ContextSqlaError, ForeignLoopError, UnsupportedOptionError
 
@@ -57,7 +58,7 @@ class Container:
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
-    def __init__(self, policy: Policy, label: Callable[[], str] | None) -> None:
+    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         self.policy: Policy = policy
         self.label: Callable[[], str] | None = label
         self.slots: dict[str, Slot] = {}
@@ -86,8 +87,7 @@ class Container:
             self._producers = {*(self._producers or ()), asyncio.current_task()}
             if self.phase is HANDLER:
                 ahead = True
-                if self._ahead is None:
-                    self._ahead = {}
+                self._ahead = self._ahead or {}
         slots = self._slots(ahead)
         slot = slots.get(key) or (self.borrowed or {}).get(key)
         if slot is None:
@@ -106,7 +106,7 @@ class Container:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
         if self.phase is CLOSED:
             raise _outlived(connect)
-        running = _running_loop()
+        running = running_loop()
         if self.loop is None:
             self.loop = running
         elif running is not None and running is not self.loop:
@@ -117,8 +117,17 @@ class Container:
             )
 
     def put(self, connect: DBConnect[Any], session: AsyncSession, *, host: str | None = None) -> Slot:
-        """Make a session that exists the unit's own."""
+        """Make a session that exists the unit's own.
+
+        Raises:
+            TypeError: it is no `AsyncSession`.
+            ContextSqlaError: the unit has one already, which nobody would close any more.
+        """
         self.check_open(connect)
+        if not isinstance(session, AsyncSession):
+            raise TypeError(f"{connect!r}: a session of a unit is an AsyncSession, not {type(session).__name__}")
+        if connect.context_key in self.slots:
+            raise ContextSqlaError(f"{connect!r}: its unit has one already; pop_db_session_from_context() or close it first")
         slot = self._slot_for(connect, session, host or connect.host or "")
         slot.foreign = True
         self.slots[connect.context_key] = slot
@@ -126,8 +135,7 @@ class Container:
 
     def on_first_commit(self, connect: DBConnect[Any], callback: Callback) -> None:
         """Run this after the first commit of a session that is not open yet."""
-        if self._waiting is None:
-            self._waiting = {}
+        self._waiting = self._waiting or {}
         self._waiting.setdefault(connect.context_key, []).append(callback)
 
     async def run_callback(self, callback: Callback) -> None:
@@ -139,19 +147,17 @@ class Container:
 
     async def _open_once(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         """Open a session in a task that all askers share: the first may be cancelled, the others still get it."""
-        opening = self._opening
-        if opening is None:
-            opening = self._opening = {}
+        opening = self._opening = self._opening or {}
         key = connect.context_key
         self._patience = max(self._patience, connect.cleanup_timeout)
         task = opening.get(key)
         if task is None:
             task = opening[key] = hold_quietly(self._open(connect, ahead))
-        elif task is asyncio.current_task():
-            raise ContextSqlaError(f"{connect!r}: its before_create_session_handler asked for a session of the connect itself")
+        else:
+            connect._refuse_own_handler()
         await asyncio.wait((task,))
         if task.cancelled():
-            raise _outlived(connect)
+            raise ContextClosedError(f"{connect!r}: its before_create_session_handler was cancelled, or what it awaited")
         return task.result()
 
     async def _open(self, connect: DBConnect[Any], ahead: bool) -> Slot:
@@ -176,9 +182,7 @@ class Container:
         turn = (test.turns or {}).get(connect.context_key)
         if turn is None:
             slot = await test.slot(connect)
-            if self.borrowed is None:
-                self.borrowed = {}
-            self.borrowed[connect.context_key] = slot
+            self.borrowed = {**(self.borrowed or {}), connect.context_key: slot}
             await slot.flush()
             return slot
         if self.options:
@@ -210,7 +214,7 @@ class Container:
         slot = Slot(connect, session, host, self)
         if self._waiting is not None:
             for callback in self._waiting.pop(connect.context_key, ()):
-                slot.on_commit(callback)
+                slot.callbacks.add(callback, slot.sync)
         return slot
 
     async def _opened(self, timeout: float) -> None:
@@ -241,13 +245,6 @@ class Container:
                 self.slots[f"{key} handler"] = mine
             self.slots[key] = slot
         self._ahead = None
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None  # a thread of a synchronous handler
 
 
 def _outlived(connect: DBConnect[Any] | None) -> ContextClosedError:

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy.engine import URL, make_url
@@ -35,6 +36,8 @@ _ASYNC_DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "sqlite": "sqlite+aiosqlite",
 }
+_PSYCOPG = "psycopg.AsyncConnection.connect"
+_CONNECT = {"aiosqlite": "aiosqlite.connect", "asyncpg": "asyncpg.connect", "psycopg": _PSYCOPG, "psycopg_async": _PSYCOPG}
 # After a cancelled statement these leave a connection whose transaction can be rolled back (ran); others do not.
 _SURVIVORS = frozenset({"aiosqlite", "asyncpg", "psycopg", "psycopg_async"})
 
@@ -54,7 +57,7 @@ def _load(url: URL) -> None:
     backend = url.get_backend_name()
     try:
         dialect = url.get_dialect().get_async_dialect_cls(url)
-    except (NoSuchModuleError, ArgumentError) as exc:
+    except (NoSuchModuleError, ArgumentError, ValueError) as exc:
         raise DriverError(f"{url.drivername!r} is not a driver that SQLAlchemy knows{_hint(backend)}") from exc
     if not dialect.is_async:
         raise DriverError(f"{url.drivername!r} is not an asynchronous driver{_hint(backend)}")
@@ -73,17 +76,9 @@ def survives_cancellation(driver: str) -> bool:
 
 def creator(dialect: Any) -> Callable[..., Awaitable[Any]] | None:
     """Return the function with which this dialect opens connections, None where it is not known."""
-    dbapi = dialect.loaded_dbapi
-    if dialect.driver == "asyncpg":
-        found: Callable[..., Awaitable[Any]] = dbapi.asyncpg.connect
-        return found
-    if dialect.driver in ("psycopg", "psycopg_async"):
-        found = dbapi.psycopg.AsyncConnection.connect
-        return found
-    if dialect.driver == "aiosqlite":
-        found = dbapi.aiosqlite.connect
-        return found
-    return None
+    path = _CONNECT.get(dialect.driver)
+    found: Callable[..., Awaitable[Any]] | None = None if path is None else attrgetter(path)(dialect.loaded_dbapi)
+    return found
 
 
 def thread_of(connection: Any) -> threading.Thread | None:

@@ -125,7 +125,8 @@ class Watch:
         for driver in self._drivers():
             _drivers.discard(driver)
         for thread in tuple(self.threads):
-            thread.join(1)
+            if thread.is_alive():  # one whose opening was cancelled at once was never started
+                thread.join(1)
 
     def drop_all(self) -> None:
         """Close every connection of an event loop that is gone."""
@@ -188,6 +189,7 @@ def watch(engine: AsyncEngine) -> Watch:
         _listen_to_connections(sync_engine)
         if sync_engine.dialect.name == "sqlite":
             event.listen(sync_engine, "begin", _begin_for_real)
+            event.listen(sync_engine, "before_execute", _starting)
     return found
 
 
@@ -219,9 +221,17 @@ def _listen_to_connections(engine: Engine) -> None:
         event.listen(engine, name, listener)
 
 
+def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, options: Any) -> None:
+    """Note a statement that is on its way: aiosqlite makes its cursor in a thread; no commit may overtake it (P7a)."""
+    line = conn.info.get(KEY)
+    if line is not None:
+        line.running[getcurrent()] = getcurrent()
+
+
 def _before(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
     line = conn.info.get(KEY)
     if line is not None:
+        line.running.pop(getcurrent(), None)
         line.running[context] = getcurrent()
         if context is not None and context.execution_options.get("stream_results"):
             line.cursor = True
@@ -258,7 +268,7 @@ def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
     if line is None:
         fetching = context.statement is None and context.execution_context is not None
         return _cursor_riddle() if fetching else None
-    line.running.pop(context.execution_context, None)
+    line.running.pop(context.execution_context or getcurrent(), None)
     if line.expired is not None:
         (context.sqlalchemy_exception or context.original_exception).add_note(line.expired)
         return None

@@ -58,7 +58,7 @@ def _after_commit(session: Session) -> None:
 @event.listens_for(Session, "after_soft_rollback")
 def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
     if (slot := _slot_of(session)) is not None:
-        slot.rolled_back(transaction)
+        slot.callbacks.drop(transaction)
 
 
 @event.listens_for(Session, "after_transaction_end")

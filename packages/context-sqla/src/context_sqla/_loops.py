@@ -10,7 +10,7 @@ from weakref import WeakSet, finalize
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ._engines import Watch, watch
-from ._settle import hold, logger
+from ._settle import hold, logger, running_loop
 
 
 class Grace(Protocol):
@@ -87,12 +87,10 @@ class LoopState:
             return True
         if self._drained is None:
             self._drained = asyncio.Event()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._drained.wait()
-        except TimeoutError:
-            return not self.active
-        return True
+        return not self.active
 
     def retire(self, member: Member, timeout: float) -> None:
         """Take an engine out of use; its idle connections are closed in a task that is held."""
@@ -161,10 +159,8 @@ class Loops:
 
     def find(self) -> LoopState | None:
         """Return the state of the running loop, None if nothing was used in it."""
-        try:
-            return self._states.get(asyncio.get_running_loop())
-        except RuntimeError:
-            return None
+        loop = running_loop()
+        return None if loop is None else self._states.get(loop)
 
     def here(self, cleanup_timeout: float) -> LoopState:
         """Return the state of the running loop; the first call in a loop drops what dead loops have left."""

@@ -11,12 +11,8 @@ from .errors import UnsupportedOptionError
 
 def transaction_options(*, isolation_level: str | None, read_only: bool) -> dict[str, Any]:
     """Return the execution options of a transaction."""
-    options: dict[str, Any] = {}
-    if isolation_level is not None:
-        options["isolation_level"] = isolation_level
-    if read_only:
-        options["postgresql_readonly"] = True
-    return options
+    options = {"isolation_level": isolation_level, "postgresql_readonly": True if read_only else None}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_options(connect: DBConnect[Any], session: AsyncSession, options: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """When a unit of work commits: pure rules, without input or output (P3)."""
 
+import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,9 +24,16 @@ class Policy:
     before_commit: BeforeCommitCallback | None = None
 
     def commits(self, status: int) -> bool:
-        """Return whether a response with this status commits what its request wrote (P3)."""
+        """Return whether a response with this status commits what its request wrote (P3).
+
+        Raises:
+            TypeError: `should_commit` returned None, or is asynchronous.
+        """
         if self.should_commit is not None:
-            return bool(self.should_commit(status))
+            commits: Any = self.should_commit(status)
+            if commits is None or inspect.isawaitable(commits):  # the one would lose all writes, the other keep those of errors
+                raise TypeError(f"should_commit({status}) must return True or False, not {type(commits).__name__}")
+            return bool(commits)
         return status < 400
 
 

@@ -113,7 +113,7 @@ async def atomic_db_session(
         raise ValueError(f"current_transaction is 'commit', 'rollback', 'append' or 'raise', not {current_transaction!r}")
     slot = await _unit(connect).slot(connect)
     session: S = slot.session  # type: ignore[assignment]
-    end = Slot.flush if connect.context_key in (_unit(connect).borrowed or {}) else _commit_one
+    end = Slot.flush if connect.context_key in (_unit(connect).borrowed or {}) else lambda slot: _commit.commit([slot])
     options = transaction_options(isolation_level=isolation_level, read_only=read_only)
     if slot.open and current_transaction == "commit":
         await end(slot)
@@ -185,7 +185,7 @@ def on_commit(callback: Callable[[], Awaitable[Any] | Any], *, connect: DBConnec
     unit = _unit(connect)
     slot = unit.slots.get(connect.context_key) if connect is not None else None
     if slot is not None:
-        slot.on_commit(callback)
+        slot.callbacks.add(callback, slot.sync)
     elif connect is None:
         unit.on_commit(callback)
     else:
@@ -235,8 +235,12 @@ async def reset_db_session_ctx(token: Token[Any], with_close: bool = True) -> No
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
     """
-    _unit(None)
-    outer = None if token.old_value is Token.MISSING else token.old_value
+    opened: Unit | None = _unit(None)
+    while opened is not None and opened._token is not token:
+        opened = opened.outer
+    if opened is None:
+        raise ContextNotInitiatedError("this token opened no unit that is open here; reset_db_session_ctx() takes each once")
+    outer = opened.outer
     while (unit := current.get()) is not None and unit is not outer:
         if with_close:
             await unit.close()
@@ -294,7 +298,7 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
     for slot, own in before:
         slot.before_commit = before_commit or own
     try:
-        await unit.commit()
+        await unit._decide(True)
     finally:
         for slot, own in before:
             slot.before_commit = own
@@ -306,7 +310,7 @@ async def rollback_all_sessions() -> None:
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
     """
-    await _unit(None).roll_back()
+    await _unit(None)._decide(False)
 
 
 async def close_all_sessions() -> None:
@@ -315,10 +319,7 @@ async def close_all_sessions() -> None:
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
     """
-    unit = _unit(None)
-    slots = list(unit.slots.values())
-    unit.slots.clear()
-    await _commit.end(slots)
+    await _unit(None)._end_slots()
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:
@@ -349,10 +350,6 @@ async def _settle_within(
         await settle(end, again=again)
     finally:
         limit.cancel()
-
-
-async def _commit_one(slot: Slot) -> None:
-    await _commit.commit([slot])
 
 
 def _outside(connect: DBConnect[Any] | None) -> ContextNotInitiatedError:

@@ -14,6 +14,14 @@ logger = logging.getLogger("context_sqla")
 _held: set[asyncio.Task[Any]] = set()
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs here, None in a thread of a synchronous handler."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 def hold(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     """Run a coroutine in a task that is kept alive; an error in it is logged with its traceback."""
     task = asyncio.get_running_loop().create_task(coroutine)
@@ -22,18 +30,19 @@ def hold(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     return task
 
 
-async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = False) -> T:
+async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = False, patience: float | None = None) -> T:
     """Run `fn` to its end in a task of its own, then raise a cancellation that arrived meanwhile.
 
     Args:
         fn: makes the coroutine; it bounds itself in time.
         again: run it once more if its own task is cancelled, as `asyncio.run` does with every task at its end.
+        patience: seconds that it has once the caller is cancelled, where it does not bound itself: the application's own code.
     """
     task = asyncio.get_running_loop().create_task(fn())
-    cancelled = await _wait(task)
+    cancelled = await _wait(task, patience)
     if task.cancelled() and again:
         task = asyncio.get_running_loop().create_task(fn())
-        cancelled = await _wait(task) or cancelled
+        cancelled = await _wait(task, patience) or cancelled
     if cancelled is None:
         return task.result()
     if not task.cancelled() and (error := task.exception()) is not None:
@@ -44,16 +53,24 @@ async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = Fals
     raise cancelled
 
 
-async def _wait(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
+async def _wait(task: asyncio.Task[Any], patience: float | None) -> asyncio.CancelledError | None:
+    if (caller := asyncio.current_task()) is not None and caller.cancelling():
+        _limit(task, patience)
     try:
         await asyncio.wait((task,))
     except asyncio.CancelledError as exc:
+        _limit(task, patience)
         with _shielded():
             while not task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait((task,))
         return exc
     return None
+
+
+def _limit(task: asyncio.Task[Any], patience: float | None) -> None:
+    if patience is not None:
+        task.get_loop().call_later(patience, task.cancel)
 
 
 def _shielded() -> AbstractContextManager[Any]:

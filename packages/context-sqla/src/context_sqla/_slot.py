@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from ._callbacks import Callback, Callbacks
+from ._callbacks import Callback, Callbacks, awaited
 from ._connect import DBConnect
 from ._context import TIMERS
 from ._drivers import leaves_doubt
@@ -17,8 +17,8 @@ from ._engines import KEY
 from ._lines import Lines, Prepared
 from ._policy import BeforeCommitCallback, Policy
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
-from ._settle import logger, settle
-from .errors import ContextClosedError, SessionBusyError, _outcome_of
+from ._settle import logger, running_loop, settle
+from .errors import ContextClosedError, ContextSqlaError, SessionBusyError, _outcome_of
 
 
 class Owner(Protocol):
@@ -27,10 +27,13 @@ class Owner(Protocol):
     policy: Policy
     label: Callable[[], str] | None
     committed: bool
+    loop: asyncio.AbstractEventLoop | None
+
+    def check_open(self, connect: DBConnect[Any] | None) -> None:
+        """Raise if the unit has ended, or belongs to another event loop."""
 
     async def run_callback(self, callback: Callback) -> None:
         """Run one on-commit callback in a unit of its own."""
-        ...
 
 
 class Place(Protocol):
@@ -38,15 +41,12 @@ class Place(Protocol):
 
     def is_taken(self) -> bool:
         """Return whether a unit inside this one has the connection now."""
-        ...
 
     async def clear(self) -> None:
         """Evict the units inside this one."""
-        ...
 
     def give_back(self) -> None:
         """Leave the stack."""
-        ...
 
 
 class Slot:
@@ -70,10 +70,10 @@ class Slot:
         self.foreign: bool = False  # put into the unit by hand
         self.kept: bool = False  # P5: the transaction goes on after the head
         self.ended: str | None = None
-        self.hooked: bool = False  # the before-commit hooks have run for this transaction
+        self.hooked: bool | None = False  # the before-commit hooks have run for this transaction; None: they are running
         self.deferring: bool = False  # a unit commits several sessions and runs what is due afterwards
         self.prepared: list[Prepared] = []
-        self._callbacks = Callbacks()
+        self.callbacks: Callbacks = Callbacks()
         self._due: list[Callback] = []
         self._committed = False
         self._limit: asyncio.TimerHandle | None = None
@@ -159,12 +159,15 @@ class Slot:
                 self._sending = False
 
     async def ask_hooks(self) -> None:
-        """Await everything that may refuse this commit (P14)."""
-        self.hooked = True
-        if self.before_commit is not None:
-            await self.before_commit(self.session)
-        for hook in tuple(self.connect.before_commit):
-            await hook(self.session)
+        """Await everything that may refuse this commit (P14); none may end the transaction that it is asked about."""
+        if self.hooked is not None:
+            self.hooked, transaction = None, self.sync.get_transaction()
+            for hook in (self.before_commit, *self.connect.before_commit):
+                if hook is not None:
+                    await awaited(hook(self.session), f"{self.connect!r}: before_commit")
+            self.hooked = self.sync.get_transaction() is transaction
+        if not self.hooked:
+            raise ContextSqlaError(f"{self.connect!r}: before_commit must not end its transaction; it refuses by raising")
 
     async def check(self) -> None:
         """Raise if a statement whose error was swallowed has aborted the transaction (P4a)."""
@@ -198,7 +201,7 @@ class Slot:
 
     async def rollback(self) -> None:
         """Roll back, or cut the connection where a statement is still running on it (P7a)."""
-        self._callbacks.take()
+        self.callbacks.take()
         self.kept = False
         if not self.open:
             return
@@ -338,10 +341,6 @@ class Slot:
 
     # After the commit (P14)
 
-    def on_commit(self, callback: Callback) -> None:
-        """Run this after the next commit, unless the transaction or its innermost open savepoint is rolled back."""
-        self._callbacks.add(callback, self.sync)
-
     async def run_due(self) -> None:
         """Run what was waiting for this commit; errors are logged and change nothing."""
         announce, self._committed = self._committed, False
@@ -362,6 +361,9 @@ class Slot:
 
     def began(self, connection: Connection) -> None:
         """Note the connection of a transaction that begins."""
+        if self.owner.loop is not running_loop():  # P15: a thread that was given the session; the connection is no loop's now
+            connection.invalidate()
+            self.owner.check_open(self.connect)
         self.lines.add(connection)
         seconds = self.connect.warn_held_after
         if seconds is not None and self._held is None:
@@ -385,15 +387,7 @@ class Slot:
         """Note that a transaction was committed."""
         self.owner.committed = True
         self._committed = True
-        self._due.extend(self.take_callbacks() if callbacks is None else callbacks)
-
-    def take_callbacks(self) -> list[Callback]:
-        """Return what waits for the next commit, and let it wait no longer."""
-        return self._callbacks.take()
-
-    def rolled_back(self, transaction: SessionTransaction) -> None:
-        """Drop the callbacks that were registered inside what was rolled back."""
-        self._callbacks.drop(transaction)
+        self._due.extend(self.callbacks.take() if callbacks is None else callbacks)
 
     def over(self) -> None:
         """Note that the transaction is over, one way or the other, and its connection is back."""
@@ -401,8 +395,8 @@ class Slot:
         self._late = None
         self._release()
         if not self._committed:
-            self._callbacks.take()
+            self.callbacks.take()
         elif not self.deferring and (self._due or self.connect.committed):
-            await_only(settle(self.run_due))
+            await_only(settle(self.run_due, patience=self.connect.drain_timeout))
         elif not self.deferring:
             self._committed = False

@@ -14,9 +14,9 @@ from typing import Any
 from . import _commit, _context
 from ._callbacks import Callback
 from ._connect import DBConnect
-from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
+from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container
 from ._policy import DEFAULT_POLICY, Policy
-from ._settle import hold, logger, settle
+from ._settle import hold, logger, running_loop, settle
 from ._slot import Slot
 from .errors import ContextSqlaError, ForeignLoopError, _outcome_of
 
@@ -31,9 +31,6 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
-    phase: Phase = HANDLER
-    slots: dict[str, Slot]
-    parent: Container | None = None
     _token: Token[Any] | None = None
     _commits: bool = True  # the decision about the head holds for the body
     _ending: bool = False  # the final commit of the body has begun
@@ -42,9 +39,6 @@ class Unit(Container):
     _on_commit: list[Callback] | None = None
     _cleaning: "asyncio.Task[None] | None" = None
     _ends_with: "asyncio.Task[Any] | None" = None
-
-    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
-        super().__init__(policy, label)
 
     @classmethod
     def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
@@ -164,6 +158,7 @@ class Unit(Container):
 
     def make_current(self) -> Token[Any]:
         """Let code from here on work in this unit."""
+        self.loop = running_loop()
         self._token = token = _context.current.set(self)
         return token
 
@@ -190,10 +185,10 @@ class Unit(Container):
                 if inspect.isawaitable(result):
                     await result
         except (Exception, asyncio.CancelledError) as exc:
+            logger.exception("An error in an on_commit callback")
             task = asyncio.current_task()
             if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
-            logger.exception("An error in an on_commit callback")
 
     async def take_place(self, connect: DBConnect[Any]) -> Any:
         """Return a place in the transaction of a test for a session that is no unit's, None where there is none (P12)."""
@@ -201,14 +196,6 @@ class Unit(Container):
             self._join()
         turn = (self._test().turns or {}).get(connect.context_key) if self.joined else None
         return None if turn is None else await turn.take(self)
-
-    async def commit(self) -> None:
-        """Commit every session, by hand."""
-        await self._decide(True)
-
-    async def roll_back(self) -> None:
-        """Roll every session back, by hand."""
-        await self._decide(False)
 
     # Opening
 
@@ -246,7 +233,9 @@ class Unit(Container):
     async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
         await self._opened(self._patience)
         slots = self._own()
-        callbacks, self._on_commit = self._on_commit, None
+        callbacks: list[Callback] | None = None
+        if not (keep and any(slot.kept and slot.open for slot in slots)):  # P14: or else not everything is committed here
+            callbacks, self._on_commit = self._on_commit, None
         if not commits:
             self._drop_callbacks(slots)
             await _commit.roll_back(slots)
@@ -256,7 +245,7 @@ class Unit(Container):
             await _commit.commit(slots, keep=keep)
         except BaseException as exc:
             if _outcome_of(exc).complete and callbacks:  # cancelled, when all was committed
-                await settle(lambda: self._run_callbacks(callbacks))
+                await self._run_callbacks(callbacks, slots)
             self._drop_callbacks(slots)
             raise
         finally:
@@ -266,17 +255,20 @@ class Unit(Container):
         for slot in (self.borrowed or {}).values():
             await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
-            await settle(lambda: self._run_callbacks(callbacks))
+            await self._run_callbacks(callbacks, slots)
 
     def _drop_callbacks(self, slots: list[Slot]) -> None:
         """Drop what waits for a commit that is not to come (P14)."""
-        self._waiting = None
+        self._on_commit = self._waiting = None
         for slot in slots:
-            slot.take_callbacks()
+            slot.callbacks.take()
 
-    async def _run_callbacks(self, callbacks: list[Callback]) -> None:
-        for callback in callbacks:
-            await self.run_callback(callback)
+    async def _run_callbacks(self, callbacks: list[Callback], slots: list[Slot]) -> None:
+        async def run() -> None:
+            for callback in callbacks:
+                await self.run_callback(callback)
+
+        await settle(run, patience=max((slot.connect.drain_timeout for slot in slots), default=30))
 
     async def _end_slots(self, cause: BaseException | None = None) -> None:
         slots, self.slots = self._own(), {}

@@ -23,7 +23,7 @@ What commits, what rolls back and how it is cleaned up is the unit's affair. Whe
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -93,14 +93,10 @@ def retry_after_header(exc: UnavailableError) -> str:
 
 
 @contextmanager
-def _hidden() -> Iterator[None]:
+def hidden_unit() -> Iterator[None]:
+    """Return a context manager inside which no unit is current: for websocket and lifespan scopes (P11)."""
     token = current.set(None)
     try:
         yield
     finally:
         current.reset(token)
-
-
-def hidden_unit() -> AbstractContextManager[None]:
-    """Return a context manager inside which no unit is current: for websocket and lifespan scopes (P11)."""
-    return _hidden()

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from . import _commit
 from ._connect import DBConnect
 from ._container import Container
-from ._context import captures, clear_test_context, current, set_test_unit
+from ._context import captures, current, test_units
 from ._refusal import REAL_COMMITS
 from ._settle import settle
 from ._slot import Slot
@@ -68,7 +68,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:
     unit.joinable = True
     unit.loop = asyncio.get_running_loop()
     token = current.set(unit)
-    set_test_unit(unit)
+    test_units.append(unit)
     try:
         yield
     except BaseException as exc:
@@ -79,7 +79,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:
             _hand_back(unit)
         await (unit.finish() if auto_close else unit.close())
     finally:
-        clear_test_context(unit)
+        test_units.remove(unit)
         with suppress(ValueError):  # a fixture may be torn down in another context than it was set up in
             current.reset(token)
 
