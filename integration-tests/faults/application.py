@@ -281,7 +281,7 @@ async def refused(request: Request) -> Result:
 async def invalid(request: Request) -> Result:
     """Raise as validation does, when something was written already."""
     await request.write("v", 0, 1)
-    await request.exchange.body()
+    await request.nap()
     raise Fail(422, "invalid")
 
 

@@ -97,9 +97,11 @@ class Ground:
     async def _round(self, plan: Plan, server: ServerProcess, *, memory: bool = False) -> Round:
         clients = Clients(lambda: server.address)
         injector = Injector(self.postgres, self._ledgers["first"], self.proxies, server)
+        over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            group.create_task(clients.run(plan))
-            group.create_task(injector.run(plan))
+            group.create_task(clients.run(plan, over))
+            await injector.run(plan)
+            over.set()
         violations = [Violation("leak", "", problem) for problem in injector.problems]
         if not await clients.settle(plan.number, DEADLINE):
             violations.append(Violation("down", "", "the server does not answer normally again"))

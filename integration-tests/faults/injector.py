@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import asyncpg  # type: ignore[import-untyped]
 from support.ledger import PostgresLedger
-from support.postgres import Postgres
+from support.postgres import Postgres, StopMode
 from support.proxy import Proxy, Trap
 
 from .plan import Fault, Plan
@@ -34,6 +34,8 @@ class Injector:
         self.problems: list[str] = []
         # A process that is killed takes with it what it knows: no cancellation is under way then.
         self._knowing = asyncio.Lock()
+        self._restarting = asyncio.Lock()
+        self._ending = asyncio.Lock()
 
     async def run(self, plan: Plan) -> None:
         """Do what the plan says, when it says it; what takes time does not hold up the next."""
@@ -44,6 +46,7 @@ class Injector:
                 await asyncio.sleep(max(0.0, begin + fault.at - loop.time()))
                 group.create_task(self._inject(fault))
         self.mend()
+        await asyncio.sleep(max(0.0, begin + plan.seconds - loop.time()))
 
     def mend(self) -> None:
         """End everything that would go on."""
@@ -149,31 +152,36 @@ class Injector:
 
     async def restart_fast(self, fault: Fault) -> bool:
         """Restart PostgreSQL, which ends its sessions first."""
-        await asyncio.to_thread(self._postgres.restart, "fast")
-        return True
+        return await self._restart("fast")
 
     async def restart_immediate(self, fault: Fault) -> bool:
         """Restart PostgreSQL as after a crash."""
-        await asyncio.to_thread(self._postgres.restart, "immediate")
+        return await self._restart("immediate")
+
+    async def _restart(self, mode: StopMode) -> bool:
+        async with self._restarting:
+            await asyncio.to_thread(self._postgres.restart, mode)
         return True
 
     async def sigterm(self, fault: Fault) -> bool:
         """Shut the server down under load, and start another."""
-        status = await self._server.terminate()
-        words = self._server.last_words
-        if status != 0 or words is None:
-            self.problems.append(f"after SIGTERM the server ended with status {status}")
-        elif words["left"]:
-            self.problems.append(f"after SIGTERM: {'; '.join(words['left'])}")
-        await self._server.start()
+        async with self._ending:
+            status = await self._server.terminate()
+            words = self._server.last_words
+            if status != 0 or words is None:
+                self.problems.append(f"after SIGTERM the server ended with status {status}")
+            else:
+                self.problems += [f"after SIGTERM: {problem}" for problem in words["left"]]
+            await self._server.start()
         return True
 
     async def sigkill(self, fault: Fault) -> bool:
         """Kill the server under load, and start another."""
-        async with self._knowing:
-            self.killed = True
-            await self._server.kill()
-        await self._server.start()
+        async with self._ending:
+            async with self._knowing:
+                self.killed = True
+                await self._server.kill()
+            await self._server.start()
         return True
 
 

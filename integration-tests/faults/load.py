@@ -25,10 +25,8 @@ class Clients:
         self._address = address
         self.outcomes: dict[str, Outcome] = {}
 
-    async def run(self, plan: Plan) -> None:
-        """Let every lane work through its visits for the length of the round, and finish the last."""
-        over = asyncio.Event()
-        asyncio.get_running_loop().call_later(plan.seconds, over.set)
+    async def run(self, plan: Plan, over: asyncio.Event) -> None:
+        """Let every lane work through its visits until the round is over, and finish the last."""
         async with asyncio.TaskGroup() as group:
             for lane in range(LANES):
                 group.create_task(self._lane(plan, lane, over))
@@ -50,6 +48,8 @@ class Clients:
 
     async def _lane(self, plan: Plan, lane: int, over: asyncio.Event) -> None:
         for visit in plan.visits(lane):
+            while self._address() is None:  # its process is being started
+                await asyncio.sleep(0.02)
             if over.is_set():
                 return
             await self._visit(visit)

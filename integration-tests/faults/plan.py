@@ -39,7 +39,7 @@ class Visit:
 FREQUENT: dict[str, float] = {
     "terminate": 4,
     "cancel-statement": 10,
-    "cancel-task": 12,
+    "cancel-task": 6,
     "cut": 1,
     "cut-commit": 4,
     "lose-commit": 4,

@@ -88,8 +88,7 @@ class ServerProcess:
         """Send SIGTERM, and return the exit status."""
         assert self._process is not None
         self.address = None
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+        self._send(signal.SIGTERM)
         async with asyncio.timeout(DEADLINE):
             return await self._ended()
 
@@ -97,9 +96,15 @@ class ServerProcess:
         """Send SIGKILL, and return when it is gone."""
         self.address = None
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._send(signal.SIGKILL)
             await self._ended()
+
+    def _send(self, number: signal.Signals) -> None:
+        """Send a signal past asyncio, which looks for the exit status first, and may take it away from its own watcher."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            if self._process.returncode is None:
+                os.kill(self._process.pid, number)
 
     async def _ended(self) -> int:
         assert self._process is not None
