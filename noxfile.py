@@ -44,9 +44,11 @@ FRAMEWORKS = {
     "aiohttp": ["context-sqla", "context-sqla-asgi", "context-sqla-aiohttp"],  # the suite itself needs asgi
     "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],
 }
+EVERY_ADAPTER = list(dict.fromkeys(package for needed in FRAMEWORKS.values() for package in needed))
 PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
 HOSTS = "integration-tests/hosts"
+FAULTS = "integration-tests/faults"
 RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
 
@@ -75,6 +77,7 @@ def tests(session: nox.Session) -> None:
     session.notify("docs")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
+    session.notify("faults")
     session.notify("hosts", ["-m", "not long"])
     session.notify("results")
 
@@ -190,6 +193,20 @@ def hosts(session: nox.Session) -> None:
     """Run the acceptance of context-sqla-hosts on a real cluster, and print its figures; `PG_BINDIR` names another PostgreSQL."""
     install(session, "test", "servers", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
     session.run("pytest", HOSTS, f"--confcutdir={HOSTS}", *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def faults(session: nox.Session) -> None:
+    """Put every framework under load while everything fails, and hold what the clients saw against the rows; three minutes."""
+    install(session, "test", "servers", packages=EVERY_ADAPTER)
+    session.run("pytest", FAULTS, *session.posargs)
+
+
+@nox.session(tags=["nightly"])
+def soak(session: nox.Session) -> None:
+    """Do the same for long: `-- --minutes N --seed S --framework X`; a table, `build/soak.json`, and how to run a round again."""
+    install(session, "test", "servers", packages=EVERY_ADAPTER)
+    session.run("python", "-m", "faults.soak", *session.posargs, env={"PYTHONPATH": "integration-tests"})
 
 
 @nox.session(name="contract-full", tags=["nightly"])

@@ -94,7 +94,9 @@ class Request:
     exchange: Exchange
     dice: random.Random
 
-    async def write(self, group: str, *parts: int, key: int | None = None, connect: DBConnect[AsyncSession] | None = None) -> None:
+    async def write(
+        self, group: str, *parts: int, key: int | None = None, connect: DBConnect[AsyncSession] | None = None
+    ) -> None:
         """Write rows of a group in the unit's session."""
         for part in parts:
             session = await self.kit.session(connect or self.connects.first)
@@ -425,7 +427,7 @@ def application(connects: Connects, kit: Kit, traces: Traces) -> Application:
     return Application(
         routes=[*(route(shape, work) for shape, work in HANDLERS.items()), SocketRoute("/socket", socket)],
         connects=connects.every,
-        error_handlers={kind: answer_error for kind in (SQLAlchemyError, ContextSqlaError, OSError, Boom, ExceptionGroup)},
+        error_handlers=dict.fromkeys((SQLAlchemyError, ContextSqlaError, OSError, Boom, ExceptionGroup), answer_error),
     )
 
 

@@ -1,6 +1,6 @@
-"""The rounds of the test command: their options, and the table at the end."""
+"""The rounds of the test command: on which frameworks, and the table at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,23 +11,19 @@ from .report import Result, table
 _results = pytest.StashKey[list[Result]]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--framework", action="append", choices=sorted(FRAMEWORKS), help="repeatable; default: all")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_results] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "framework" in metafunc.fixturenames:
-        metafunc.parametrize("framework", metafunc.config.getoption("framework") or list(FRAMEWORKS))
+    if "adapter" in metafunc.fixturenames:
+        metafunc.parametrize("adapter", metafunc.config.getoption("framework") or list(FRAMEWORKS))
 
 
 @pytest.fixture(name="report")
-def _report(request: pytest.FixtureRequest) -> Iterator[Any]:
+def _report(request: pytest.FixtureRequest) -> Callable[[Result], None]:
     """Put a run into the table."""
-    yield request.config.stash[_results].append
+    return request.config.stash[_results].append
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

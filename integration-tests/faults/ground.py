@@ -209,5 +209,3 @@ async def ground(stack: Stack) -> AsyncIterator[Ground]:
             stay.push_async_callback(place.close)
             await place.prepare()
             yield place
-
-

@@ -204,7 +204,9 @@ def _bleeding(rows: Iterable[Row], verdict: Verdict) -> None:
     for (database, xid), who in writers.items():
         named = sorted(map("/".join, who))
         if len(named) > 1:
-            verdict.add("bleeding", named[0].split("/")[0], f"one transaction ({xid} in {database}) has rows of {', '.join(named)}")
+            verdict.add(
+                "bleeding", named[0].split("/")[0], f"one transaction ({xid} in {database}) has rows of {', '.join(named)}"
+            )
 
 
 #: A child task that writes while its request lives shares the transaction (P2).

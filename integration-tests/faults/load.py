@@ -150,7 +150,10 @@ async def _talk(address: Address, asked: Asked, outcome: Outcome) -> None:
     """Have messages answered over a websocket, or leave in the middle."""
     host, port = address
     try:
-        async with asyncio.timeout(PATIENCE), connect_websocket(f"ws://{host}:{port}/socket", proxy=None, close_timeout=1) as socket:
+        async with (
+            asyncio.timeout(PATIENCE),
+            connect_websocket(f"ws://{host}:{port}/socket", proxy=None, close_timeout=1) as socket,
+        ):
             outcome.status = 101
             for number in range(SHAPES["socket"].messages):
                 await socket.send(f"{asked.request}:{number}")

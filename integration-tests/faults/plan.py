@@ -85,7 +85,9 @@ class Plan:
         plain = [shape for shape in SHAPES.values() if not shape.socket]
         while True:
             manner = dice.choices(list(_MANNERS), list(_MANNERS.values()))[0]
-            count = {"keep-alive": dice.randint(2, 8), "pipelined": dice.randint(2, 4), "leaving": dice.randint(1, 3)}.get(manner, 1)
+            count = {"keep-alive": dice.randint(2, 8), "pipelined": dice.randint(2, 4), "leaving": dice.randint(1, 3)}.get(
+                manner, 1
+            )
             asked = []
             for place in range(count):
                 shape = "socket" if manner == "socket" else dice.choices(plain, [shape.weight for shape in plain])[0].name

@@ -242,7 +242,9 @@ class _Errors(logging.Handler):
         exc = record.exc_info[1] if record.exc_info else None
         doubt = " in doubt" if exc is not None and is_in_doubt(exc) else ""
         done = f" committed {committed_connects(exc)}" if exc is not None and committed_connects(exc) else ""
-        self._counts[f"{record.name}: {type(exc).__name__ if exc else record.getMessage().splitlines()[0][:160]}{doubt}{done}"] += 1
+        self._counts[
+            f"{record.name}: {type(exc).__name__ if exc else record.getMessage().splitlines()[0][:160]}{doubt}{done}"
+        ] += 1
 
 
 async def main() -> None:

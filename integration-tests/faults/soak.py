@@ -19,7 +19,9 @@ ROUND_SECONDS = 8.0
 GROWTH = 256 * 1024
 
 
-async def soak(stack: Stack, seed: int, *, seconds: float, round_seconds: float = ROUND_SECONDS, rounds: int | None = None) -> Result:
+async def soak(
+    stack: Stack, seed: int, *, seconds: float, round_seconds: float = ROUND_SECONDS, rounds: int | None = None
+) -> Result:
     """Run the rounds ``seed``, ``seed`` + 1, ... for so long, or so many of them."""
     result = Result(stack, seed)
     begin = time.monotonic()
@@ -57,17 +59,21 @@ def _memory(result: Result) -> None:
         last.violations.append(Violation("memory", "", text))
 
 
+def _today() -> int:
+    return int(time.time()) // 86_400 * 1_000
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the report, and say by the exit status whether anything was found."""
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for each framework")
-    parser.add_argument("--seed", type=int, default=0, help="the first round's number")
+    parser.add_argument("--seed", type=int, default=_today(), help="the first round's number; default: another one every day")
     parser.add_argument("--framework", action="append", choices=[*FRAMEWORKS, NAIVE], help="repeatable; default: all but naive")
     parser.add_argument("--server", help="default: the framework's first")
     parser.add_argument("--driver", choices=("asyncpg", "psycopg"), default="asyncpg")
     parser.add_argument("--rounds", type=int, help="so many rounds in place of minutes")
     parser.add_argument("--round-seconds", type=float, default=ROUND_SECONDS)
-    parser.add_argument("--json", type=Path, default=Path("results/soak.json"))
+    parser.add_argument("--json", type=Path, default=Path("build/soak.json"))
     options = parser.parse_args(arguments)
     results = []
     for framework in options.framework or FRAMEWORKS:
