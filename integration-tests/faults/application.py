@@ -297,7 +297,7 @@ async def refused_late(request: Request) -> Result:
 
 async def swallowed(request: Request) -> Result:
     """Go on after a failed statement: PostgreSQL answers COMMIT by a silent rollback (P4a)."""
-    await request.write("v", 0, 1)
+    await request.write("h", 0, 1)
     with contextlib.suppress(SQLAlchemyError):
         await request.statement("SELECT 1 / 0")
     return Answer(200, request.id)
@@ -335,7 +335,7 @@ async def statement_timeout(request: Request) -> Result:
 
 async def orphan(request: Request) -> Result:
     """Write what only COMMIT refuses."""
-    await request.write("v", 0, 1)
+    await request.write("h", 0, 1)
     session = await request.kit.session(request.connects.first)
     await session.execute(_ORPHAN)
     return Answer(201, request.id)

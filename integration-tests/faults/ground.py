@@ -70,6 +70,8 @@ class Ground:
         self.proxies = proxies
         self.server = server
         self.log = folder / "server.log"
+        #: Seconds to wait for what is there at once as a rule; whoever expects to wait in vain makes it short.
+        self.patience = DEADLINE
         self._ledgers = {name: PostgresLedger(postgres, name) for name in _DATABASES}
 
     async def prepare(self) -> None:
@@ -95,7 +97,7 @@ class Ground:
         return done
 
     async def _round(self, plan: Plan, server: ServerProcess, *, memory: bool = False) -> Round:
-        clients = Clients(lambda: server.address)
+        clients = Clients(lambda: server.address, self.patience)
         injector = Injector(self.postgres, self._ledgers["first"], self.proxies, server)
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
@@ -103,9 +105,9 @@ class Ground:
             await injector.run(plan)
             over.set()
         violations = [Violation("leak", "", problem) for problem in injector.problems]
-        if not await clients.settle(plan.number, DEADLINE):
+        if not await clients.settle(plan.number, self.patience):
             violations.append(Violation("down", "", "the server does not answer normally again"))
-        violations += [Violation("leak", "", problem) for problem in await server.ask("rest", deadline=DEADLINE)]
+        violations += [Violation("leak", "", problem) for problem in await server.ask("rest", deadline=self.patience)]
         violations += [Violation("leak", "", problem) for problem in await self._rest(finish=injector.killed)]
         traces = await server.ask("traces")
         for request in injector.cancelled.union(traces["cancelled"]):
@@ -138,6 +140,8 @@ class Ground:
         problems = []
         if left := await self._none(PostgresLedger.idle_in_transaction):
             problems.append(f"idle in transaction: {left}")
+            for backend in left:  # or the next round would wait for its locks
+                await self._ledgers["first"].execute("SELECT pg_terminate_backend($1)", backend.pid)
         if finish:
             await self._finish_prepared()
         if left := await self._none(PostgresLedger.prepared):
@@ -150,11 +154,11 @@ class Ground:
         seen: list[Any] = []
 
         async def none() -> bool:
-            seen[:] = [one for ledger in self._ledgers.values() for one in await look(ledger)]
+            seen[:] = dict.fromkeys([one for ledger in self._ledgers.values() for one in await look(ledger)])
             return not seen
 
         with contextlib.suppress(TimeoutError):
-            await until(none, deadline=DEADLINE)
+            await until(none, deadline=self.patience)
         return seen
 
     async def _finish_prepared(self) -> None:

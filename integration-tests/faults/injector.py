@@ -57,7 +57,9 @@ class Injector:
 
     async def _inject(self, fault: Fault) -> None:
         # The database may be away, or the server's process: then there is nothing to break.
-        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ServerError, TimeoutError):
+        with contextlib.suppress(
+            asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, ServerError
+        ):
             if await _FAULTS[fault.kind](self, fault):
                 self.done[fault.kind] += 1
 

@@ -14,15 +14,13 @@ from .history import Outcome
 from .plan import LANES, Asked, Plan, Visit
 from .shapes import SHAPES
 
-#: What takes so long has no answer; ten times what the slowest fault takes.
-PATIENCE = 30.0
-
 
 class Clients:
-    """The clients of one round; ``outcomes`` grows while they run."""
+    """The clients of one round; ``outcomes`` grows while they run. What takes longer than ``patience`` has no answer."""
 
-    def __init__(self, address: Callable[[], Address | None]) -> None:
+    def __init__(self, address: Callable[[], Address | None], patience: float) -> None:
         self._address = address
+        self._patience = patience
         self.outcomes: dict[str, Outcome] = {}
 
     async def run(self, plan: Plan, over: asyncio.Event) -> None:
@@ -62,7 +60,7 @@ class Clients:
             await asyncio.sleep(0.02)
             return
         if visit.manner == "socket":
-            await _talk(address, visit.requests[0], outcomes[0])
+            await _talk(address, visit.requests[0], outcomes[0], self._patience)
             return
         try:
             opened = await asyncio.open_connection(*address)
@@ -70,7 +68,7 @@ class Clients:
             unsent(outcomes)
             await asyncio.sleep(0.02)
             return
-        connection = wire.Connection(*opened, deadline=PATIENCE)
+        connection = wire.Connection(*opened, deadline=self._patience)
         leaving = [asked for asked in visit.requests if asked.leave is not None]
         try:
             await (_pipelined if visit.manner == "pipelined" else _in_turn)(connection, visit, outcomes)
@@ -146,12 +144,12 @@ def _note(outcome: Outcome, head: Head) -> None:
     outcome.committed = frozenset(head.headers.get("x-committed", "").split())
 
 
-async def _talk(address: Address, asked: Asked, outcome: Outcome) -> None:
+async def _talk(address: Address, asked: Asked, outcome: Outcome, patience: float) -> None:
     """Have messages answered over a websocket, or leave in the middle."""
     host, port = address
     try:
         async with (
-            asyncio.timeout(PATIENCE),
+            asyncio.timeout(patience),
             connect_websocket(f"ws://{host}:{port}/socket", proxy=None, close_timeout=1) as socket,
         ):
             outcome.status = 101

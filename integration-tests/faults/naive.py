@@ -1,6 +1,6 @@
 """An adapter as it is written in an afternoon, to show that the checker finds what it does wrong.
 
-It commits when the response is out, joins whatever context it runs in, and shields nothing.
+It commits when the response is out, whatever it says, joins whatever context it runs in, and shields nothing.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,7 +12,7 @@ from contract.drivers import starlette as driver
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from support import scenario
 
 from .kits import Kit
@@ -21,7 +21,7 @@ _sessions: ContextVar[dict[str, AsyncSession] | None] = ContextVar("naive_sessio
 
 
 class NaiveMiddleware:
-    """Commits after the response."""
+    """Commits after the response, unless an exception came."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -30,19 +30,11 @@ class NaiveMiddleware:
         if scope["type"] != "http" or _sessions.get() is not None:
             await self._app(scope, receive, send)
             return
-        status = 500
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
         sessions: dict[str, AsyncSession] = {}
         token = _sessions.set(sessions)
-        await self._app(scope, receive, noting)
+        await self._app(scope, receive, send)
         for session in sessions.values():
-            await (session.commit() if status < 400 else session.rollback())
+            await session.commit()
             await session.close()
         _sessions.reset(token)
 

@@ -70,11 +70,11 @@ _ALL = (
     _shape("refused", Group("v", 2, "never")),
     _shape("invalid", Group("v", 2, "never")),
     _shape("refused-late", Group("v", 2, "never"), Group("n", 1, "own")),
-    _shape("swallowed", Group("v", 2, "never")),
+    _shape("swallowed", Group("h", 2)),  # is refused, or it is lost
     _shape("savepoint", Group("h", 2), Group("v", 1, "never")),
     _shape("timeout", Group("h", 2)),
     _shape("statement-timeout", Group("h", 2)),
-    _shape("orphan", Group("v", 2, "never")),
+    _shape("orphan", Group("h", 2)),  # the same
     _shape("left-behind", Group("h", 2), Group("c", 3, "loose")),
     _shape("gather-fails", Group("v", 2, "never")),
     _shape("socket", socket=True, messages=4, weight=6),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from contract.drivers import FRAMEWORKS
 
-from .ground import NAIVE, Ground, Stack, ground
+from .ground import DEADLINE, NAIVE, Ground, Stack, ground
 from .history import Violation
 from .plan import plan
 from .report import Result, complaints, table, write
@@ -20,12 +20,28 @@ GROWTH = 256 * 1024
 
 
 async def soak(
-    stack: Stack, seed: int, *, seconds: float, round_seconds: float = ROUND_SECONDS, rounds: int | None = None
+    stack: Stack,
+    seed: int,
+    *,
+    seconds: float = 0,
+    round_seconds: float = ROUND_SECONDS,
+    rounds: int | None = None,
+    patience: float = DEADLINE,
 ) -> Result:
-    """Run the rounds ``seed``, ``seed`` + 1, ... for so long, or so many of them."""
+    """Run the rounds ``seed``, ``seed`` + 1, ... for so long, or so many of them.
+
+    Args:
+        stack: what is under test.
+        seed: the number of the first round.
+        seconds: for how long rounds are begun.
+        round_seconds: the length of each.
+        rounds: how many there are, whatever time they take.
+        patience: seconds to wait for an answer, and for the server to come to rest.
+    """
     result = Result(stack, seed)
     begin = time.monotonic()
     async with ground(stack) as place:
+        place.patience = patience
         number = seed
         while len(result.rounds) < rounds if rounds is not None else time.monotonic() - begin < seconds:
             await _one(place, result, number, round_seconds)
@@ -84,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=options.minutes * 60,
             round_seconds=options.round_seconds,
             rounds=options.rounds,
+            patience=5 if framework == NAIVE else DEADLINE,
         )
         results.append(asyncio.run(run))
         write(options.json, results)
