@@ -29,6 +29,8 @@ from .shapes import KEYS
 #: For what is there within a second or two, as a rule.
 DEADLINE = 30.0
 NAIVE = "naive"
+#: What SQLAlchemy logs about a connection that nobody has given back.
+_DROPPED = "garbage collector is trying to clean up"
 _DATABASES = ("first", "second")
 
 
@@ -112,6 +114,9 @@ class Ground:
         traces = await server.ask("traces")
         for request in injector.cancelled.union(traces["cancelled"]):
             clients.outcomes[request].cancelled = True
+        violations += [
+            Violation("leak", "", f"{times} times: {line}") for line, times in traces["errors"].items() if _DROPPED in line
+        ]
         verdict = check(await self._evidence(clients.outcomes, frozenset(traces["called"])))
         return Round(
             plan.number,

@@ -78,6 +78,8 @@ class ServerProcess:
         Raises:
             ServerError: the process has ended, or the command failed.
         """
+        if self.address is None:
+            raise ServerError("the server's process is not up")
         number = next(_numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._write({"number": number, "do": do, **arguments})

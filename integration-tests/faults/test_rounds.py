@@ -31,7 +31,7 @@ async def test_round_that_found_something_is_clean(case):
 
 async def test_naive_adapter_is_caught(report):
     """The same load and the same checker: it loses, it makes ghosts, it bleeds and it leaks."""
-    result = await soak(Stack.of(NAIVE), 0, round_seconds=_SECONDS, rounds=3, patience=3)
+    result = await soak(Stack.of(NAIVE), 0, round_seconds=_SECONDS, rounds=2, patience=2)
     report(result)
 
     assert result.verdicts["lost"] > 0
