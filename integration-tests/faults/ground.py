@@ -117,7 +117,7 @@ class Ground:
         violations += [
             Violation("leak", "", f"{times} times: {line}") for line, times in traces["errors"].items() if _DROPPED in line
         ]
-        verdict = check(await self._evidence(clients.outcomes, frozenset(traces["called"])))
+        verdict = check(await self._evidence(clients.outcomes, frozenset(traces["called"]), whole=not plan.ends_the_process))
         return Round(
             plan.number,
             plan.seconds,
@@ -178,7 +178,7 @@ class Ground:
                     if request not in there:
                         await ledger.execute("DELETE FROM wrote WHERE request = $1 AND name = $2", request, mine)
 
-    async def _evidence(self, outcomes: dict[str, Outcome], called: frozenset[str]) -> Evidence:
+    async def _evidence(self, outcomes: dict[str, Outcome], called: frozenset[str], *, whole: bool) -> Evidence:
         rows = [
             Row(name, *row)
             for name, ledger in self._ledgers.items()
@@ -187,7 +187,7 @@ class Ground:
         first = self._ledgers["first"]
         counters = dict(await first.rows("SELECT key, value FROM counter"))
         bumps = dict(await first.rows("SELECT key, count(*) FROM wrote WHERE key IS NOT NULL GROUP BY key"))
-        return Evidence(outcomes, rows, called, counters, bumps)
+        return Evidence(outcomes, rows, called, whole and self.stack.framework != NAIVE, counters, bumps)
 
 
 def new_server(stack: Stack, postgres: Postgres, proxies: list[Proxy], log: Path) -> ServerProcess:

@@ -84,6 +84,8 @@ class Evidence:
     rows: Sequence[Row]
     #: "request/group" whose ``on_commit`` callback has run.
     called: frozenset[str] = frozenset()
+    #: Whether ``called`` is complete; a process that was killed has taken what it knew with it.
+    knows_calls: bool = False
     #: Counters as the database holds them, and how often a committed transaction says that it has bumped them.
     counters: Mapping[int, int] = field(default_factory=dict)
     bumps: Mapping[int, int] = field(default_factory=dict)
@@ -109,8 +111,7 @@ def check(evidence: Evidence) -> Verdict:
             _judge(outcome, group, present[group.name], verdict)
         _all_or_none(outcome, present, verdict)
         for group in groups:
-            if f"{outcome.request}/{group.name}" in evidence.called and not present[group.name]:
-                verdict.add("lost", outcome.request, f"{outcome.shape}: on_commit has run for {group.name!r}, which is not there")
+            _callback(outcome, group, present[group.name], evidence, verdict)
     for request, name in found.keys() - expected:
         if found[request, name]:
             verdict.add("stray", request, f"rows of {name!r}, which no client has asked for")
@@ -166,6 +167,14 @@ def _judge(outcome: Outcome, group: Group, present: bool, verdict: Verdict) -> N
     elif not promised and group.when in ("head", "body") and (not excluded or outcome.in_doubt or outcome.cancelled):
         verdict.counts["in doubt"] += 1
         verdict.counts["in doubt, and there"] += present
+
+
+def _callback(outcome: Outcome, group: Group, present: bool, evidence: Evidence, verdict: Verdict) -> None:
+    called = f"{outcome.request}/{group.name}" in evidence.called
+    if called and not present:
+        verdict.add("lost", outcome.request, f"{outcome.shape}: on_commit has run for {group.name!r}, which is not there")
+    elif group.calls and evidence.knows_calls and not called and present and _word(outcome, group)[0]:
+        verdict.add("uncalled", outcome.request, f"{outcome.shape}: on_commit has not run for {group.name!r}")
 
 
 def _word(outcome: Outcome, group: Group) -> tuple[bool, bool]:

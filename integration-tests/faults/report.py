@@ -16,6 +16,7 @@ COUNTS = ("requests", "acknowledged", "refused", "broken off", "unsent", "in dou
 COLUMNS = {
     "lost": "lost",
     "lost update": "lost",
+    "uncalled": "lost",
     "ghost": "ghosts",
     "stray": "ghosts",
     "bleeding": "bleeding",

@@ -26,13 +26,14 @@ KEYS = 4
 
 @dataclass(frozen=True)
 class Group:
-    """What one transaction writes: so many rows, and one on every counter that the request bumps if ``bumps``."""
+    """What one transaction writes: so many rows, and counters if it ``bumps`` them; ``calls``: it has an ``on_commit``."""
 
     name: str
     parts: int
     when: When = "head"
     database: str = "first"
     bumps: bool = False
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ def _shape(name: str, *groups: Group, **options: int) -> Shape:
 
 
 _ALL = (
-    _shape("small", Group("h", 3), weight=8),
+    _shape("small", Group("h", 3, calls=True), weight=8),
     _shape("read"),
     _shape("redirect", Group("h", 1)),
     _shape("bump", Group("h", 2, bumps=True), weight=8),
     _shape("lock", Group("h", 2, bumps=True), weight=6),
     _shape("serial", Group("h", 1), Group("n", 1, "own", bumps=True)),
-    _shape("two", Group("h", 2), Group("x", 2, database="second"), weight=6),
-    _shape("twophase", Group("t", 2), Group("u", 2, database="second"), weight=6),
-    _shape("gather", Group("h", 1), Group("n0", 2, "own"), Group("n1", 2, "own"), weight=6),
+    _shape("two", Group("h", 2, calls=True), Group("x", 2, database="second"), weight=6),
+    _shape("twophase", Group("t", 2, calls=True), Group("u", 2, database="second"), weight=6),
+    _shape("gather", Group("h", 1), Group("n0", 2, "own", calls=True), Group("n1", 2, "own", calls=True), weight=6),
     _shape("early", Group("e", 2, "own"), Group("h", 2), weight=6),
-    _shape("stream", Group("h", 2), Group("b", 4, "body"), weight=8),
+    _shape("stream", Group("h", 2), Group("b", 4, "body", calls=True), weight=8),
     _shape("read-stream", Group("h", 1)),
     _shape("background", Group("h", 2), Group("g", 2, "after"), weight=6),
     _shape("events", Group("h", 1), messages=4),

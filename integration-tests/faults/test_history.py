@@ -151,6 +151,13 @@ def test_callback_of_a_commit_that_is_not_there_is_lost():
     assert kinds([background], rows("r", "h", 2, 1), called=frozenset({"r/g"})) == ["lost"]
 
 
+def test_callback_that_a_success_has_not_run_is_found():
+    """``on_commit`` runs before the head leaves (P14); only a process that was killed cannot tell."""
+    assert kinds([outcome()], rows("r", "h", 3, 1), knows_calls=True) == ["uncalled"]
+    assert kinds([outcome()], rows("r", "h", 3, 1), knows_calls=True, called=frozenset({"r/h"})) == []
+    assert kinds([outcome()], rows("r", "h", 3, 1)) == []
+
+
 def test_counter_that_disagrees_with_its_transactions_is_a_lost_update():
     """Read, modify, write: each committed transaction counts once."""
     assert kinds([], counters={0: 1, 1: 2}, bumps={0: 1, 1: 3}) == ["lost update"]
