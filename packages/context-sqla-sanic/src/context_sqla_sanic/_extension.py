@@ -161,14 +161,14 @@ class UnitRequest(Request[Any, Any]):
             await self.unit.close(self._answers)
 
     async def _answer(self, error: Exception) -> Any:
-        """Return the answer to the commit error of an answer: the application's (P4b), the second time one that decides nothing."""
+        """Return the answer to the commit error of an answer: the application's (P4b), and then one that decides nothing."""
         self.reset_response()
         if not self._again:
             self._again, self._answers = True, error
             try:
                 answer = self.app.error_handler.response(self, error)
                 return await answer if isawaitable(answer) else answer
-            except Exception as failed:
+            except Exception as failed:  # noqa: BLE001  # Sanic would send the answer whose commit has failed
                 error.add_note(f"its exception handler failed as well: {type(failed).__name__}: {failed}")
         if self.unit is not None:
             await self.unit.close(error)
