@@ -192,7 +192,7 @@ def _word(outcome: Outcome, group: Group) -> tuple[bool, bool]:
 
 def _excused(outcome: Outcome, group: Group) -> bool:
     """Return whether a refused group may be there, because the answer says so, or because the server broke off."""
-    return outcome.in_doubt or outcome.cancelled or group.database in outcome.committed
+    return outcome.in_doubt or outcome.cancelled or (group.connect or group.database) in outcome.committed
 
 
 def _all_or_none(outcome: Outcome, present: Mapping[str, bool], verdict: Verdict) -> None:

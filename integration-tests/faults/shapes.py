@@ -32,6 +32,8 @@ class Group:
     parts: int
     when: When = "head"
     database: str = "first"
+    #: What ``committed_connects`` calls it, if not as the database.
+    connect: str = ""
     bumps: bool = False
     calls: bool = False
 
@@ -60,7 +62,7 @@ _ALL = (
     _shape("lock", Group("h", 2, bumps=True), weight=6),
     _shape("serial", Group("h", 1), Group("n", 1, "own", bumps=True)),
     _shape("two", Group("h", 2, calls=True), Group("x", 2, database="second"), weight=6),
-    _shape("twophase", Group("t", 2, calls=True), Group("u", 2, database="second"), weight=6),
+    _shape("twophase", Group("t", 2, calls=True, connect="third"), Group("u", 2, database="second", connect="fourth"), weight=6),
     _shape("gather", Group("h", 1), Group("n0", 2, "own", calls=True), Group("n1", 2, "own", calls=True), weight=6),
     _shape("early", Group("e", 2, "own"), Group("h", 2), weight=6),
     _shape("stream", Group("h", 2), Group("b", 4, "body", calls=True), weight=8),
