@@ -8,7 +8,7 @@ from .seeds import CASES
 from .soak import soak
 
 #: The last ends the server's process.
-_FIRST, _ROUNDS, _SECONDS = 2, 3, 4.0
+_FIRST, _ROUNDS, _SECONDS = 2, 3, 3.0
 
 
 async def test_acknowledged_is_there_and_refused_is_not(adapter, report):
