@@ -41,9 +41,11 @@ def needed(*packages: str) -> list[str]:
 FRAMEWORKS = {name: needed("context-sqla-asgi", f"context-sqla-{name}") for name in DRIVERS}
 # Servers on which the contract runs a second time, with all tests.
 MORE_SERVERS = {"sanic": ["sanic-workers"]}
+EVERY_ADAPTER = sorted({package for needs in FRAMEWORKS.values() for package in needs})
 PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
 HOSTS = "integration-tests/hosts"
+FAULTS = "integration-tests/faults"
 RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 Versions = Literal["locked", "lowest", "newest", "prerelease"]
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
@@ -73,6 +75,7 @@ def tests(session: nox.Session) -> None:
     session.notify("docs")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
+    session.notify("faults")
     session.notify("hosts", ["-m", "not long"])
     session.notify("results")
 
@@ -234,6 +237,20 @@ def hosts(session: nox.Session) -> None:
     """
     install(session, "test", "servers", "clusters", packages=[*FRAMEWORKS["fastapi"], "context-sqla-hosts"])
     run_hosts(session, *session.posargs)
+
+
+@nox.session(tags=["ci"])
+def faults(session: nox.Session) -> None:
+    """Put every framework under load while everything fails, and hold what the clients saw against the rows; three minutes."""
+    install(session, "test", "servers", packages=EVERY_ADAPTER)
+    session.run("pytest", FAULTS, *session.posargs)
+
+
+@nox.session(tags=["nightly"])
+def soak(session: nox.Session) -> None:
+    """Do the same for long: `-- --minutes N --seed S --framework X`; a table, `build/soak.json`, and how to run a round again."""
+    install(session, "test", "servers", packages=EVERY_ADAPTER)
+    session.run("python", "-m", "faults.soak", *session.posargs, env={"PYTHONPATH": "integration-tests"})
 
 
 @nox.session(name="contract-full", tags=["nightly"])

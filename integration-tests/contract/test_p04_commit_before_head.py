@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from support.deadline import DEADLINE
 from support.proxy import proxy
 from support.rows import add, insert, insert_orphan
-from support.scenario import Answer, Feature, Route
+from support.scenario import Answer, Feature, Redirect, Route
 from support.wire import Address
 
 
@@ -128,6 +128,22 @@ async def test_error_handler_answers_a_failed_commit(serve, db, ledger, framewor
     async def handler(request):
         await insert_orphan(db)
         return Answer(201)
+
+    answer = await (await serve(handler, error_handlers={IntegrityError: _conflict})).post()
+
+    if Feature.COMMIT_ERROR_HANDLERS in framework.lacks:
+        assert answer.status == 500
+    else:
+        assert (answer.status, answer.text) == (409, "conflict")
+    assert await ledger.names("children") == []
+
+
+async def test_error_handler_answers_a_failed_commit_behind_a_raised_redirect(serve, db, ledger, framework):
+    """It makes no difference whether the answer that was to be committed was returned or raised (P4b)."""
+
+    async def handler(request):
+        await insert_orphan(db)
+        raise Redirect("/elsewhere")
 
     answer = await (await serve(handler, error_handlers={IntegrityError: _conflict})).post()
 

@@ -679,6 +679,33 @@ async def test_note_of_a_database_that_stays_away(connect, ledger, database, oth
 
 
 @pytest.mark.postgresql
+async def test_decided_commit_that_is_left_behind_is_in_doubt(connect, ledger, database, other_database):
+    """It will be committed, by whoever reads the line in the log: to call it failed would be wrong (P9)."""
+    async with _network(database) as network, _network(other_database) as other_network:
+        other = await connect("other", database=other_database, host=other_network.host, twophase=True)
+        two = await connect("two", host=network.host, twophase=True, commit_timeout=0.3)
+
+        async def work():
+            await insert(other, "b")
+            await insert(two, "a")
+
+        decided = other_network.hold_at(b"COMMIT PREPARED")
+        failing = asyncio.create_task(_error_of(work))
+        await asyncio.wait_for(decided.sprung.wait(), 10)
+        network.mode = "refuse"
+        network.cut()
+        decided.release()
+        exc = await failing
+        gids = await ledger.prepared()
+        await two.close()
+        await other.close()
+    await ledger.execute(f"COMMIT PREPARED '{gids[0]}'")
+
+    assert is_in_doubt(exc)
+    assert committed_connects(exc) == ("other",)
+
+
+@pytest.mark.postgresql
 async def test_lost_answer_of_prepare_rolls_back(connect, ledger, database, other_database):
     """The server has prepared and its answer is lost: it is rolled back on a fresh connection, and nothing commits (P9)."""
     async with _network(database) as network:

@@ -24,7 +24,8 @@ HOSTS = "context-sqla-hosts"
 HOSTS_BUDGET = 3_400
 HOSTS_MODULE_BUDGET = 330
 ADAPTER_BUDGET = 150
-LARGER_ADAPTER_BUDGETS = {"context-sqla-aiohttp": 200, "context-sqla-asgi": 200, "context-sqla-sanic": 200}
+# Sanic sends the answer to an exception whatever happens to its commit, so that its adapter has to answer that error by itself.
+LARGER_ADAPTER_BUDGETS = {"context-sqla-aiohttp": 200, "context-sqla-asgi": 200, "context-sqla-sanic": 215}
 
 PLACES_OF_AN_ADAPTER = (
     "docs/how-to/{}.md",

@@ -92,14 +92,14 @@ class PostgresLedger(Ledger):
         self._process = os.getpid()
 
     async def rows(self, sql: str, *args: object) -> list[Row]:
-        async with self._taking_turns():
-            rows = [tuple(row) for row in await (await self._connected()).fetch(sql, *args)]
+        async with self._taking_turns(), self._ours() as connection:
+            rows = [tuple(row) for row in await connection.fetch(sql, *args)]
         settle()
         return rows
 
     async def execute(self, sql: str, *args: object) -> None:
-        async with self._taking_turns():
-            await (await self._connected()).execute(sql, *args)
+        async with self._taking_turns(), self._ours() as connection:
+            await connection.execute(sql, *args)
 
     async def backends(self, application_name: str | None = None) -> list[Backend]:
         rows = await self.rows(
@@ -158,10 +158,18 @@ class PostgresLedger(Ledger):
     async def _gone(self, pid: int) -> bool:
         return not await self.rows("SELECT 1 FROM pg_stat_activity WHERE pid = $1", pid)
 
-    async def _connected(self) -> Any:
+    @contextlib.asynccontextmanager
+    async def _ours(self) -> AsyncIterator[Any]:
+        """Give the observer's connection; after an error a fresh one, for it may be that of a server which is gone."""
         if self._connection is None or self._connection.is_closed():
             self._connection = await self._connect()
-        return self._connection
+        try:
+            yield self._connection
+        except BaseException:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.terminate()
+            raise
 
     async def _connect(self) -> Any:
         return await asyncpg.connect(

@@ -87,6 +87,10 @@ class Proxy:
         """Hold ``pattern``, or with ``forward`` the answer to it, until ``release()`` of the trap is called."""
         return self._set(Trap(pattern, "hold", forward))
 
+    def disarm(self) -> None:
+        """Forget the traps that nobody has stepped into."""
+        self._traps.clear()
+
     def _set(self, trap: Trap) -> Trap:
         self._traps.append(trap)
         return trap

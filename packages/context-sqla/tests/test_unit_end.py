@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import weakref
 
@@ -146,6 +147,32 @@ async def test_task_that_serves_many_requests_keeps_none_of_their_units(db):
 
     assert await asyncio.create_task(connection()) == [None, None]
     assert await names(db) == ["a", "b"]
+
+
+async def test_context_that_outlives_its_request_keeps_nothing_of_it(db):
+    """A pooled connection keeps the context in which it was opened, as every transport does: not the request with it."""
+
+    class Request:
+        """What a label reads."""
+
+        path = "/users"
+
+    async def respond():
+        request = Request()
+        unit = Unit.enter(label=lambda: request.path)
+        unit.runs_ahead = lambda: request is None
+        kept = contextvars.copy_context()
+        await insert(db, "a")
+        await unit.head(200)
+        await unit.end_of_body()
+        await unit.close()
+        return kept, weakref.ref(request)
+
+    kept, request = await respond()
+    gc.collect()
+
+    assert request() is None
+    assert kept
 
 
 async def test_unit_that_nobody_has_closed_ends_with_its_task(db):

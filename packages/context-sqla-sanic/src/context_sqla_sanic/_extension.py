@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from inspect import isawaitable
 from typing import Any, ClassVar, TypeAlias, cast
 
 from context_sqla import DBConnect
@@ -63,7 +64,7 @@ def setup(
     if issubclass(base, UnitRequest):
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
     space = {
-        "__slots__": ("_answers", "_hidden", "unit"),
+        "__slots__": ("_again", "_answers", "_hidden", "unit"),
         "__doc__": UnitRequest.__doc__,
         "policy": Policy(should_commit, before_commit),
     }
@@ -85,11 +86,13 @@ class UnitRequest(Request[Any, Any]):
     policy: ClassVar[Policy]
     unit: Unit | None
     _answers: BaseException | None  # the exception that is being answered
+    _again: bool  # the commit behind the answer to an exception has failed
     _hidden: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.unit = self._hidden = self._answers = None
+        self._again = False
 
     def enter(self) -> None:
         """Open a unit, which ends with the task at the latest: a cancelled request is told nothing more."""
@@ -122,11 +125,8 @@ class UnitRequest(Request[Any, Any]):
             self._response_middleware_started = False  # P4b: it runs for the answer to this error too
             if self._answers is None:
                 raise
-            # The answer of an exception handler, which Sanic would send in spite of the error: the last answer decides nothing.
-            await self.unit.close(error)
-            self.unit = None
-            self.reset_response()
-            return await self.respond(self.app.error_handler.default(self, error))
+            # The answer of an exception handler, which Sanic would send in spite of the error.
+            return await self.respond(await self._answer(error))
         except BaseException:
             if self._answers is not None and response is not None:
                 response.status = 500  # the same
@@ -159,6 +159,21 @@ class UnitRequest(Request[Any, Any]):
                 self.unit.disconnected()
             await self.unit.end_of_body()
             await self.unit.close(self._answers)
+
+    async def _answer(self, error: Exception) -> Any:
+        """Return the answer to the commit error of an answer: the application's (P4b), and then one that decides nothing."""
+        self.reset_response()
+        if not self._again:
+            self._again, self._answers = True, error
+            try:
+                answer = self.app.error_handler.response(self, error)
+                return await answer if isawaitable(answer) else answer
+            except Exception as failed:  # noqa: BLE001  # Sanic would send the answer whose commit has failed
+                error.add_note(f"its exception handler failed as well: {type(failed).__name__}: {failed}")
+        if self.unit is not None:
+            await self.unit.close(error)
+        self.unit = None
+        return self.app.error_handler.default(self, error)
 
     def _label(self) -> str:
         template = self.uri_template or self.path

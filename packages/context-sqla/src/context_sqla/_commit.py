@@ -196,6 +196,7 @@ async def _commit_prepared(slots: Sequence[Slot], done: list[Slot]) -> None:
                 await _finish(slot, prepared, "COMMIT")
             except ContextSqlaError as left:
                 exc.add_note(str(left))
+                _outcome_of(exc).in_doubt = True  # it is decided, and will be carried out, or was already
                 errors.append(exc)
                 continue
             logger.warning("%r: COMMIT PREPARED was repeated on a fresh connection: %s", slot.connect, type(exc).__name__)

@@ -309,7 +309,8 @@ class Unit(Container):
 
     def _leave(self) -> None:
         self.phase = CLOSED
-        self._broken = None
+        # A transport keeps the context in which it was opened, and so the unit, for the life of a pooled connection.
+        self._broken = self.label = self.runs_ahead = None
         task, self._ends_with = self._ends_with, None
         if task is not None:
             task.remove_done_callback(self._close_after)

@@ -82,7 +82,8 @@ class UnsupportedOptionError(ContextSqlaError):
 def is_in_doubt(exc: BaseException) -> bool:
     """Return whether nobody can know if the transaction behind this error was committed.
 
-    True where a COMMIT had been sent and the connection died, or was cut at `commit_timeout`, before its answer came (P7).
+    True where a COMMIT had been sent and the connection died, or was cut at `commit_timeout`, before its answer came (P7), and
+    where a prepared transaction is left behind whose commit is decided (P9).
     Chained exceptions and the members of groups are looked at too.
     """
     return any(outcome.in_doubt for outcome in _outcomes(exc))
