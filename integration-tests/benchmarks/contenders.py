@@ -489,13 +489,32 @@ async def drive(framework: str, app: Any) -> Callable[[int], Awaitable[None]]:
             raise AssertionError("the runner has no server")
         return protocol(server)
     if framework == "sanic":
-        from sanic.server.protocols.http_protocol import HttpProtocol
-
-        await app._startup()
-        app.router.finalize() if not app.router.finalized else None
-        loop = asyncio.get_running_loop()
-        return protocol(lambda: HttpProtocol(loop=loop, app=app, connections=set(), signal=None, state={}))
+        return await _drive_sanic(app)
     return asgi(app)
+
+
+async def _drive_sanic(app: Any) -> Callable[[int], Awaitable[None]]:
+    """Sanic rewrites methods of its classes for the application that starts, so each contender brings its own back."""
+    from sanic import Sanic
+    from sanic.application.constants import ServerStage
+    from sanic.application.state import ApplicationServerInfo
+    from sanic.server.protocols.http_protocol import HttpProtocol
+    from sanic.touchup.service import TouchUp
+
+    Sanic.test_mode = True  # several applications in one process
+    await app._startup()
+    app.state.server_info.append(ApplicationServerInfo({}, ServerStage.SERVING))
+    await app._server_event("init", "before")
+    loop = asyncio.get_running_loop()
+    drive_one = protocol(lambda: HttpProtocol(loop=loop, app=app, connections=set()))
+    methods = {(target, name): getattr(target, name) for target, name in TouchUp._registry}
+
+    async def run(count: int) -> None:
+        for (target, name), method in methods.items():
+            setattr(target, name, method)
+        await drive_one(count)
+
+    return run
 
 
 BARE = "bare"
