@@ -4,8 +4,11 @@
 sessions of one framework. Each session has its own environment, with the versions of `uv.lock` where uv is installed beside nox.
 """
 
+import argparse
 import contextlib
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -36,10 +39,11 @@ FRAMEWORKS = {
     "fastapi": ["context-sqla", "context-sqla-asgi", "context-sqla-starlette", "context-sqla-fastapi"],
     "litestar": ["context-sqla", "context-sqla-asgi", "context-sqla-litestar"],
     "quart": ["context-sqla", "context-sqla-asgi", "context-sqla-quart"],
-    "aiohttp": ["context-sqla", "context-sqla-aiohttp", "context-sqla-sanic"],
-    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],  # the suite itself needs asgi
+    "aiohttp": ["context-sqla", "context-sqla-asgi", "context-sqla-aiohttp"],  # the suite itself needs asgi
+    "sanic": ["context-sqla", "context-sqla-asgi", "context-sqla-sanic"],
 }
 PACKAGING = "integration-tests/packaging"
+RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
 
 each_framework = nox.parametrize("framework", [nox.param(name, id=name, tags=[name]) for name in FRAMEWORKS])
@@ -56,13 +60,16 @@ with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or som
 @nox.session(python=False)
 def tests(session: nox.Session) -> None:
     """Run everything that a change must pass: the newcomer's command, and CI's."""
-    for name in ("lint", "types", "boundaries", "build"):
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    for name in ("lint", "types", "boundaries", "support", "build"):
         session.notify(name)
     for python in PYTHONS:
         session.notify(f"unit-{python}")
+    session.notify("sqlalchemy-2.0")
     session.notify("examples")
     for framework in FRAMEWORKS:
         session.notify(f"contract({framework})")
+    session.notify("results")
 
 
 @nox.session(tags=["ci"])
@@ -96,6 +103,16 @@ def boundaries(session: nox.Session) -> None:
 
 
 @nox.session(tags=["ci"])
+def support(session: nox.Session) -> None:
+    """Test the suite's own parts, and that the tables of support in README and docs are up to date; `-- --write` writes them."""
+    install(session, "test", "servers", packages=FRAMEWORKS["asgi"])
+    if session.posargs == ["--write"]:
+        session.run("python", "-m", "support.pages", "--write", env={"PYTHONPATH": "integration-tests"})
+    else:
+        session.run("pytest", "integration-tests/support/tests", *session.posargs)
+
+
+@nox.session(tags=["ci"])
 def build(session: nox.Session) -> None:
     """Build wheels and sdists into dist/, and check what is in them and that each installs alone."""
     install(session, "test", "boundaries")
@@ -111,13 +128,20 @@ def unit(session: nox.Session) -> None:
     session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
 
 
-@nox.session(name="sqlalchemy-2.0", tags=["nightly"])
+@nox.session(name="sqlalchemy-2.0", tags=["ci"])
 def sqlalchemy_2_0(session: nox.Session) -> None:
-    """Run the core's tests and one framework's contract on the lowest SQLAlchemy, which is of the series before."""
-    install(session, "test", "servers", packages=FRAMEWORKS["starlette"])
+    """Run the core's unit tests on the lowest SQLAlchemy, which is of the series before; adapters import none of it."""
+    install(session, "test", packages=["context-sqla"])
     session.install("sqlalchemy[asyncio]==2.0.55")
     session.run("pytest", "packages/context-sqla/tests", *session.posargs)
-    session.run("pytest", "integration-tests/contract", "--framework=starlette", "--numprocesses=auto", *session.posargs)
+
+
+@nox.session(name="contract-sqlalchemy-2.0", tags=["nightly"])
+def contract_sqlalchemy_2_0(session: nox.Session) -> None:
+    """Run one framework's contract on the lowest SQLAlchemy."""
+    install(session, "test", "servers", packages=FRAMEWORKS["starlette"])
+    session.install("sqlalchemy[asyncio]==2.0.55")
+    run_contract(session, "starlette", "sqlalchemy-2.0")
 
 
 @nox.session(tags=["ci"])
@@ -132,7 +156,7 @@ def examples(session: nox.Session) -> None:
 def contract(session: nox.Session, framework: str) -> None:
     """Run every promise on one framework, whose adapter is alone with its declared dependencies."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", *session.posargs)
+    run_contract(session, framework, "newest")
 
 
 @nox.session(name="contract-full", tags=["nightly"])
@@ -140,9 +164,7 @@ def contract(session: nox.Session, framework: str) -> None:
 def contract_full(session: nox.Session, framework: str) -> None:
     """Run every promise on every server and every database, not only pairwise."""
     install(session, "test", "servers", packages=FRAMEWORKS[framework])
-    session.run(
-        "pytest", "integration-tests/contract", f"--framework={framework}", "--full", "--numprocesses=auto", *session.posargs
-    )
+    run_contract(session, framework, "full", "--full")
 
 
 @nox.session(tags=["nightly"])
@@ -153,7 +175,15 @@ def lowest(session: nox.Session, framework: str) -> None:
         session.skip("only uv resolves to the lowest versions")
     install(session, "test", "servers", packages=FRAMEWORKS[framework], lowest=True)
     old = "-Wdefault::DeprecationWarning"  # old frameworks use what newer Pythons and pydantics deprecate
-    session.run("pytest", "integration-tests/contract", f"--framework={framework}", "--numprocesses=auto", old, *session.posargs)
+    run_contract(session, framework, "lowest", old)
+
+
+@nox.session(python=False)
+def results(session: nox.Session) -> None:
+    """Join what the contract sessions have seen, or `-- FILE...`, into one table; `-- --by-server` puts the drivers together."""
+    named = any(one.endswith(".json") for one in session.posargs)
+    files = [] if named else sorted(map(str, RESULTS.glob("*.json")))
+    session.run(sys.executable, "integration-tests/support/results.py", *session.posargs, *files, external=True)
 
 
 @nox.session(tags=["ci"])
@@ -170,9 +200,19 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Start the demo application; `nox -s demo -- --check` makes the requests itself and ends."""
-    install(session, "demo", packages=FRAMEWORKS["fastapi"])
-    session.run("python", "examples/fastapi/app.py", *session.posargs)
+    """Start an example; `-- --framework NAME` chooses which, `-- --check` makes the requests itself and ends."""
+    parser = argparse.ArgumentParser(prog="nox -s demo --", add_help=False)
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="fastapi")
+    chosen, others = parser.parse_known_args(session.posargs)
+    install(session, "demo", packages=FRAMEWORKS[chosen.framework])
+    session.run("python", f"examples/{chosen.framework}/app.py", *others)
+
+
+def run_contract(session: nox.Session, framework: str, kind: str, *options: str) -> None:
+    """Run the contract on one framework, and keep what was seen unless only a part of it was asked for."""
+    keep = [] if session.posargs else ["--support-table", f"--support-results={RESULTS / f'{framework}-{kind}.json'}"]
+    chosen = [f"--framework={framework}", "--numprocesses=auto", *options, *keep, *session.posargs]
+    session.run("pytest", "integration-tests/contract", *chosen)
 
 
 def install(session: nox.Session, *groups: str, packages: list[str] | None = None, lowest: bool = False) -> None:

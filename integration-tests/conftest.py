@@ -13,6 +13,7 @@ from support.bench import Bench, bench
 from support.databases import DRIVERS, Database
 from support.ledger import Ledger
 from support.postgres import PASSWORD, Postgres
+from support.results import Recorder, complaints, promise_of, table
 from support.stacks import Selection, Stack, choose
 
 _SERVERS = sorted({server for framework in FRAMEWORKS.values() for server in framework.servers})
@@ -23,6 +24,7 @@ _MARKERS = (
     "loops(*names): event loops to run on, of asyncio and uvloop",
 )
 _numbers = pytest.StashKey[dict[str, int]]()
+_recorder = pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,10 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--server", action="append", choices=_SERVERS, help="repeatable; default: the first, the others pairwise")
     group.addoption("--database", action="append", choices=sorted(DRIVERS), help="repeatable; default: asyncpg, others pairwise")
     group.addoption("--full", action="store_true", help="every server with every database, for every test")
+    group.addoption("--support-table", action="store_true", help="print how many tests of each promise passed on each stack")
+    group.addoption("--support-results", type=Path, metavar="FILE", help="write the same as JSON, for nox -s results")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_numbers] = {}
+    config.stash[_recorder] = Recorder(full=config.getoption("full"))
+    config.pluginmanager.register(_Listener(config.stash[_recorder]), "support-results")
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
     for name in config.getoption("framework") or ():
@@ -74,6 +80,36 @@ def _stacks(metafunc: pytest.Metafunc) -> Iterator[Stack]:
         yield from (Stack(name, server, database) for server, database in pairs)
     if len(counts) > 1:
         raise pytest.UsageError(f"{definition.nodeid}: the frameworks do not collect the same number of tests")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Say in the report of a test, which comes from another process with xdist, what it is about."""
+    if not isinstance(item, pytest.Function):
+        return
+    stack = item.callspec.params.get("stack") if hasattr(item, "callspec") else None
+    if stack is not None and (promise := promise_of(item.path, item.function.__doc__)):
+        item.user_properties.append(("support", (promise, stack.framework, stack.server, stack.database)))
+
+
+class _Listener:
+    """Takes the reports; a plugin of its own, because this hook has no other way to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._recorder.record(report.nodeid, report.user_properties, report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    result = config.stash[_recorder].result()
+    if (path := config.getoption("support_results")) is not None:
+        result.write(path)
+        terminalreporter.write_line(f"what was seen: {path}")
+    if config.getoption("support_table"):
+        terminalreporter.section("support")
+        for line in [*table([result]).splitlines(), *complaints([result])]:
+            terminalreporter.write_line(line)
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

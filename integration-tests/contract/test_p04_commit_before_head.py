@@ -7,6 +7,7 @@ import pytest
 from context_sqla import atomic_db_session, commit_db_session, db_context, db_session, is_in_doubt, rollback_db_session
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from support.deadline import DEADLINE
 from support.proxy import proxy
 from support.rows import add, insert, insert_orphan
 from support.scenario import Answer, Feature, Route
@@ -384,6 +385,27 @@ async def test_rollback_by_hand_makes_up_for_a_failed_statement(serve, db, ledge
 
     assert answer.status == 201
     assert await ledger.names() == ["b"]
+
+
+@pytest.mark.postgresql
+async def test_check_of_a_database_that_hangs_is_cut(serve, connect, database, ledger):
+    """The question that is asked before the commit gets ``cleanup_timeout`` for its answer: then the connection is cut, and it is a 5xx (P4a)."""
+
+    async def handler(request):
+        await _write_and_fail_quietly(db)
+        network.mode = "hang"
+        return Answer(201)
+
+    async with proxy(Address(database.place.host, database.place.port)) as network:
+        db = await connect("db", host=network.host, cleanup_timeout=0.2)
+        service = await serve(handler)
+        async with asyncio.timeout(DEADLINE):
+            answer = await service.post()
+        network.mode = "pass"
+        await service.stop()
+
+    assert answer.status == 500
+    assert await ledger.names() == []
 
 
 @pytest.mark.postgresql

@@ -20,6 +20,13 @@ CORE_MODULE_BUDGET = 300
 ADAPTER_BUDGET = 150
 LARGER_ADAPTER_BUDGETS = {"context-sqla-aiohttp": 200, "context-sqla-asgi": 200, "context-sqla-sanic": 200}
 
+PLACES_OF_AN_ADAPTER = (
+    "docs/how-to/{}.md",
+    "examples/{}/app.py",
+    "examples/{}/test_app.py",
+    "integration-tests/contract/drivers/{}.py",
+)
+
 _NO_CODE = {
     tokenize.COMMENT,
     tokenize.DEDENT,
@@ -101,6 +108,13 @@ def test_every_package_is_known_to_nox():
     assert sorted(ast.literal_eval(constants["PACKAGES"])) == PACKAGES
     assert set(PACKAGES) - NO_ADAPTERS == {f"context-sqla-{framework}" for framework in frameworks}
     assert all(needed[-1] == f"context-sqla-{framework}" for framework, needed in frameworks.items())
+
+
+@pytest.mark.parametrize("place", PLACES_OF_AN_ADAPTER)
+@pytest.mark.parametrize("package", sorted(set(PACKAGES) - NO_ADAPTERS))
+def test_every_adapter_has_its_driver_its_page_and_its_example(package, place):
+    """An adapter without a driver keeps no promise that anybody has seen."""
+    assert (ROOT / place.format(package.removeprefix("context-sqla-"))).exists()
 
 
 def test_every_package_is_known_to_import_linter_and_coverage():

@@ -19,6 +19,7 @@ PUBLIC_MODULES = [
     "context_sqla_fastapi",
     "context_sqla_litestar",
     "context_sqla_quart",
+    "context_sqla_sanic",
     "context_sqla_starlette",
 ]
 # The first word of a docstring says what happens, to the one who makes it happen.

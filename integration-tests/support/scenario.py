@@ -10,27 +10,51 @@ from context_sqla import BeforeCommitCallback, DBConnect
 
 
 class Feature(Enum):
-    """What a framework may lack. A test of a lacking feature checks what the user gets instead; it never skips."""
+    """What a framework may lack, and the promise that it touches.
 
-    BACKGROUND = "work that the framework runs after the response"
-    BACKGROUND_UNIT = "background work is a unit of its own (P6)"
-    BACKGROUND_AFTER_STREAM = "background work of a stream waits for the stream's end"
-    COMMIT_ERROR_HANDLERS = "a commit error reaches the application's own error handlers (P4b)"
-    REDIRECT_RAISED = "a redirect that is raised as an exception"
-    SYNC_HANDLERS = "plain functions as handlers, in a thread"
-    STREAM_BROKEN_OFF = "a stream that failed is broken off for the client"
-    CONTENT_LENGTH_STREAM = "a stream with a declared length"
-    DISCONNECT = "a body that waits learns that its client has left"
-    HANDLER_RUNS_ON = "the handler of a client that has left runs to its end"
-    HANDSHAKE = "a websocket is known as one before its handshake"
-    HIDDEN_HOOKS = "hooks at startup do not see the unit in which the server is started"
-    WEBSOCKET = "websocket routes"
-    GATE = "middleware of the framework's own kind that answers by itself"
-    GZIP = "the framework's own compression middleware"
-    CORS = "the framework's own CORS middleware"
-    BASE_HTTP = "function middleware around the response, as Starlette's BaseHTTPMiddleware"
-    LIFESPAN = "hooks at startup and shutdown"
-    UNAVAILABLE_ANSWER = "a default 503 for UnavailableError"
+    A test of a lacking feature checks what the user gets instead; it never skips.
+    """
+
+    BACKGROUND = "P6", "work that the framework runs after the response"
+    BACKGROUND_UNIT = "P6", "background work is a unit of its own"
+    BACKGROUND_AFTER_STREAM = "P6", "background work of a stream waits for the stream's end"
+    COMMIT_ERROR_HANDLERS = "P4b", "a commit error reaches the application's own error handlers"
+    REDIRECT_RAISED = "P3", "a redirect that is raised as an exception"
+    SYNC_HANDLERS = "P18", "plain functions as handlers, in a thread"
+    STREAM_BROKEN_OFF = "P5", "a stream that failed is broken off for the client"
+    CONTENT_LENGTH_STREAM = "P5", "a stream with a declared length"
+    DISCONNECT = "P5", "a body that waits learns that its client has left"
+    HANDLER_RUNS_ON = "P7", "the handler of a client that has left runs to its end"
+    HANDSHAKE = "P11", "a websocket is known as one before its handshake"
+    HIDDEN_HOOKS = "P12", "hooks at startup do not see the unit in which the server is started"
+    WEBSOCKET = "P11", "websocket routes"
+    GATE = "P3", "middleware of the framework's own kind that answers by itself"
+    GZIP = "P5", "the framework's own compression middleware"
+    CORS = "P4b", "the framework's own CORS middleware"
+    BASE_HTTP = "P5", "function middleware around the response, as Starlette's BaseHTTPMiddleware"
+    LIFESPAN = "P15", "hooks at startup and shutdown"
+    UNAVAILABLE_ANSWER = "P19", "a default 503 for UnavailableError"
+
+    def __init__(self, promise: str, meaning: str) -> None:
+        self.promise = promise
+        self.meaning = meaning
+
+    @property
+    def is_a_tool(self) -> bool:
+        """Whether tests only use it where it is: without it, there is nothing that the promise could be broken by."""
+        return self in _TOOLS
+
+
+_TOOLS = {
+    Feature.SYNC_HANDLERS,
+    Feature.CONTENT_LENGTH_STREAM,
+    Feature.WEBSOCKET,
+    Feature.GATE,
+    Feature.GZIP,
+    Feature.CORS,
+    Feature.BASE_HTTP,
+    Feature.LIFESPAN,
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,15 @@ from support.servers import Running, ServerOptions
 
 ASGI_SERVERS = ("uvicorn", "hypercorn", "granian")
 
+#: What the docs call a server whose name does not say it.
+SERVERS: Mapping[str, str] = {
+    "uvicorn": "uvicorn (h11 and httptools)",
+    "aiohttp": "aiohttp's own",
+    "aiohttp-cancelling": "aiohttp's own with `handler_cancellation`",
+    "aiohttp-test": "aiohttp's `TestServer`",
+    "sanic": "Sanic's own",
+}
+
 
 class Driver(Protocol):
     """What a driver's module offers."""
@@ -52,7 +61,10 @@ FRAMEWORKS: Mapping[str, Framework] = {
         "asgi",
         ASGI_SERVERS,
         {
-            Feature.COMMIT_ERROR_HANDLERS: "the middleware stands outside the application, whose error handling is over by then",
+            Feature.COMMIT_ERROR_HANDLERS: (
+                "the middleware stands outside the application, whose error handling is over by then: the error is raised from "
+                "`send`, where the application may catch it, and is the server's 500 otherwise"
+            ),
             Feature.SYNC_HANDLERS: "an ASGI application is a coroutine function",
             Feature.GZIP: "bare ASGI has no such middleware",
             Feature.CORS: "bare ASGI has no such middleware",

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import sqlite3
+import threading
 
 import context_sqla
 import pytest
@@ -21,6 +23,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 from support.databases import no_tasks_left
+from support.deadline import until
 
 POSTGRES = "postgresql+asyncpg://app:secret@db1:5433/shop"
 
@@ -446,6 +449,72 @@ def test_adopted_engine_in_two_runs(url):
     connect = DBConnect.from_sessionmaker(async_sessionmaker(create_async_engine(url)))
 
     assert [asyncio.run(_select(connect)) for _ in range(2)] == [1, 1]
+
+
+@pytest.fixture(name="slow_file")
+def _slow_file():
+    """A file whose opening takes until `go_on`, and may then fail."""
+
+    class SlowFile(sqlite3.Connection):
+        opening, go_on = threading.Event(), threading.Event()
+        fails = False
+        closed = 0
+
+        def __init__(self, *args, **kwargs):
+            SlowFile.opening.set()
+            SlowFile.go_on.wait(10)
+            if SlowFile.fails:
+                raise sqlite3.OperationalError("unable to open database file")
+            super().__init__(*args, **kwargs)
+
+        def close(self):
+            SlowFile.closed += 1
+            super().close()
+
+    yield SlowFile
+    SlowFile.go_on.set()
+
+
+async def _cancel_while_opening(connect, slow_file):
+    task = asyncio.create_task(_select(connect))
+    await until(slow_file.opening.is_set)
+    task.cancel()
+    await asyncio.wait((task,))
+
+
+async def test_file_that_was_being_opened_at_the_close_is_closed(url, slow_file):
+    """`close()` waits for a file that is being opened for a task that was cancelled: nobody else would close it (P15)."""
+    connect = DBConnect.from_url(url, engine_options={"connect_args": {"factory": slow_file}})
+    await _cancel_while_opening(connect, slow_file)
+    closing = asyncio.create_task(connect.close())
+    for _ in range(100):
+        await asyncio.sleep(0)
+    early = closing.done()
+    slow_file.go_on.set()
+    await closing
+
+    assert not early
+    await until(lambda: slow_file.closed == 1)
+
+
+def test_file_that_was_being_opened_at_the_end_is_waited_for(url, slow_file, monkeypatch):
+    """A thread that takes longer than `close()` waits reports to its loop before that ends (P15)."""
+    slow_file.fails = True
+    join = threading.Thread.join
+
+    def join_and_go_on(thread, timeout=None):
+        slow_file.go_on.set()
+        join(thread, timeout)
+
+    async def run():
+        connect = DBConnect.from_url(url, cleanup_timeout=0.05, engine_options={"connect_args": {"factory": slow_file}})
+        await _cancel_while_opening(connect, slow_file)
+        await connect.close()
+
+    monkeypatch.setattr(threading.Thread, "join", join_and_go_on)
+    asyncio.run(run())
+
+    assert slow_file.go_on.is_set()
 
 
 # The handler

@@ -1,14 +1,26 @@
 """What happens at the very end of a unit: cancelled commits, children that write meanwhile, bodies whose client has left."""
 
 import asyncio
+import contextlib
 
+import aiosqlite
 import pytest
-from context_sqla import DBConnect, committed_connects, db_context, db_session, on_commit
+from context_sqla import (
+    DBConnect,
+    commit_db_session,
+    committed_connects,
+    db_context,
+    db_session,
+    on_commit,
+    rollback_db_session,
+)
 from context_sqla.adapters import Unit
 from context_sqla.errors import ContextClosedError
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from support.deadline import until
 
 
 @pytest.fixture(name="db")
@@ -140,6 +152,95 @@ async def test_listener_that_replaces_errors_leaves_no_statement_running(db):
     await own.close()
 
     assert await names(db) == ["a"]
+
+
+@pytest.mark.parametrize("by", ["session.commit", "commit_db_session", "session.rollback"])
+async def test_child_that_ends_the_transaction_at_the_very_moment_of_the_commit(db, by):
+    """A commit or rollback by hand that began just before the unit's own commit is awaited, and is no error (P7a)."""
+    due = asyncio.Event()
+
+    async def tell(session):
+        due.set()  # whoever waits for it goes on before the task that commits
+
+    async def child(session):
+        await due.wait()
+        by_hand = {
+            "session.commit": session.commit,
+            "commit_db_session": lambda: commit_db_session(db),
+            "session.rollback": session.rollback,
+        }
+        with contextlib.suppress(ContextClosedError):  # of two commits the second may come when the unit has ended
+            await by_hand[by]()
+
+    async with db_context(before_commit=tell):
+        await insert(db, "a")
+        task = asyncio.create_task(child(await db_session(db)))
+    await task
+
+    assert await names(db) == ([] if by == "session.rollback" else ["a"])
+
+
+async def test_late_connection_whose_reset_hangs_is_given_up(tmp_path):
+    """A connection that opens after its unit has ended is closed, and that is bounded by cleanup_timeout as well (P7, P10)."""
+    opening, go_on = asyncio.Event(), asyncio.Event()
+    resets = []
+
+    async def open_late():
+        opening.set()
+        await go_on.wait()
+        return await aiosqlite.connect(tmp_path / "late.db")
+
+    async def hang(driver):
+        resets.append(driver)
+        await asyncio.Event().wait()
+
+    def create(host):
+        engine = create_async_engine("sqlite+aiosqlite://", async_creator=open_late, pool_size=1, poolclass=AsyncAdaptedQueuePool)
+        event.listen(engine.sync_engine, "reset", lambda dbapi, record, state: dbapi.run_async(hang))
+        return engine
+
+    own = DBConnect(create, async_sessionmaker, "local", name="own", cleanup_timeout=0.1)
+    with pytest.raises(ZeroDivisionError):
+        async with db_context():
+            task = asyncio.create_task(insert(own, "late"))
+            await opening.wait()
+            raise ZeroDivisionError
+    go_on.set()
+    with pytest.raises(ContextClosedError):
+        await task
+    await until(lambda: own.pool_status().checked_out == 0)
+    await own.close()
+
+    assert len(resets) == 1
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["opens", "fails"])
+async def test_statement_whose_connection_opens_after_the_rollback_is_refused(db, tmp_path, opens):
+    """What was asked for before a decision to roll back is not done after it; the session itself goes on (P3, P7a)."""
+    opening, go_on = asyncio.Event(), asyncio.Event()
+
+    async def open_late():
+        opening.set()
+        await go_on.wait()
+        if not opens and child in asyncio.all_tasks():
+            raise OSError("unable to open database file")
+        return await aiosqlite.connect(tmp_path / "app.db")
+
+    def create(host):
+        return create_async_engine("sqlite+aiosqlite://", async_creator=open_late, poolclass=AsyncAdaptedQueuePool)
+
+    own = DBConnect(create, async_sessionmaker, "local", name="own", cleanup_timeout=0.5)
+    async with db_context():
+        child = asyncio.create_task(insert(own, "early"))
+        await opening.wait()
+        await rollback_db_session(own)
+        go_on.set()
+        with pytest.raises(ContextClosedError if opens else OSError):
+            await child
+        await insert(own, "late")
+    await own.close()
+
+    assert await names(db) == ["late"]
 
 
 async def _after(event, work):

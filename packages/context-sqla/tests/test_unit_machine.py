@@ -76,8 +76,10 @@ class Side:
 
     @staticmethod
     def _prepare(dbapi, record) -> None:
+        cursor = dbapi.cursor()  # `dbapi.execute` of SQLAlchemy 2.0 returns aiosqlite's own, whose `close` is to be awaited
         for pragma in ("foreign_keys = ON", "synchronous = OFF"):
-            dbapi.execute(f"PRAGMA {pragma}").close()
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
 
     def names(self) -> set[str]:
         """What everybody else sees."""
@@ -327,7 +329,7 @@ class UnitMachine:
             self.unit.disconnected()
 
         self.run(leave())
-        if before is Phase.STREAM:
+        if before is Phase.STREAM and self.broken is None:  # a body that failed to commit is rolled back already
             self._given_up()
             self.left = True
             assert self.unit.phase is Phase.BACKGROUND

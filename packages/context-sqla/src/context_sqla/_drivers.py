@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from .errors import DriverError
 
@@ -141,6 +141,16 @@ def is_closed(connection: Any) -> bool:
     """Return whether the driver knows that this connection is dead."""
     closed = getattr(connection, "is_closed", None) or getattr(connection, "closed", False)
     return bool(closed() if callable(closed) else closed)
+
+
+def leaves_doubt(exc: BaseException) -> bool:
+    """Return whether this error leaves open what became of a COMMIT that had been sent."""
+    if not isinstance(exc, DBAPIError):
+        return True
+    state = getattr(exc.orig, "sqlstate", None) or getattr(exc.orig, "pgcode", None)
+    if isinstance(state, str):
+        return state.startswith(("08", "57P")) or state == "40003"
+    return exc.connection_invalidated
 
 
 def cut(connection: Any) -> bool:

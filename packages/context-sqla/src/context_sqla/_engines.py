@@ -52,21 +52,18 @@ class Line:
 class Dial:
     """Open connections in tasks that `Watch.abort` can end without cancelling whoever waits for them."""
 
-    def __init__(
-        self, creator: Callable[..., Awaitable[Any]], dialling: set[asyncio.Task[Any]], threads: WeakSet[threading.Thread]
-    ) -> None:
+    def __init__(self, creator: Callable[..., Awaitable[Any]], watch: "Watch") -> None:
         self._creator = creator
-        self._dialling = dialling
-        self._threads = threads
+        self._watch = watch
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         opening = self._creator(*args, **kwargs)
         thread = _drivers.thread_of(opening)
         task = asyncio.ensure_future(opening)
-        self._dialling.add(task)
+        self._watch.dialling.add(task)
         if thread is not None:
             thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
-            self._threads.add(thread)
+            self._watch.threads.add(thread)
         try:
             # A thread that is opening a file goes on, whatever is cancelled.
             return await (task if thread is None else asyncio.shield(task))
@@ -75,13 +72,15 @@ class Dial:
             if task.done():
                 _discard_opened(task)
             else:
+                self._watch.late.add(task)
+                task.add_done_callback(self._watch.late.discard)
                 task.add_done_callback(_discard_opened)
             waiting = asyncio.current_task()
             if task.cancelled() and waiting is not None and not waiting.cancelling():
                 raise ConnectionAbortedError("the host was aborted while this connection was being opened") from None
             raise
         finally:
-            self._dialling.discard(task)
+            self._watch.dialling.discard(task)
 
 
 def _discard_opened(task: asyncio.Task[Any]) -> None:
@@ -92,11 +91,12 @@ def _discard_opened(task: asyncio.Task[Any]) -> None:
 class Watch:
     """The connections of one engine."""
 
-    __slots__ = ("__weakref__", "_threads", "dialling", "open", "out", "retired")
+    __slots__ = ("__weakref__", "dialling", "late", "open", "out", "retired", "threads")
 
     def __init__(self) -> None:
-        self._threads: WeakSet[threading.Thread] = WeakSet()
+        self.threads: WeakSet[threading.Thread] = WeakSet()
         self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
+        self.late: set[asyncio.Task[Any]] = set()  # ... for nobody any more
         self.open: dict[int, Any] = {}
         self.out: set[Any] = set()  # the pool's records of the connections in use
         self.retired: bool = False  # connections are closed as they come back
@@ -116,11 +116,15 @@ class Watch:
             (_drivers.cut if key in self.open else _drivers.discard)(dbapi.driver_connection)
         return len(everything) + len(self.dialling)
 
+    def is_alive(self) -> bool:
+        """Return whether a connection is open or being opened, or one of their threads has something to report."""
+        return bool(self.open or self.dialling) or any(thread.is_alive() for thread in self.threads)
+
     def end(self) -> None:
         """End what is still open while its event loop still runs, threads included: they report to the loop."""
         for driver in self._drivers():
             _drivers.discard(driver)
-        for thread in tuple(self._threads):
+        for thread in tuple(self.threads):
             thread.join(1)
 
     def drop_all(self) -> None:
@@ -147,7 +151,7 @@ class Watch:
     def _dial(self, dialect: Any, _record: Any, _cargs: Any, cparams: dict[str, Any]) -> None:
         creator = cparams.get("async_creator_fn") or _drivers.creator(dialect)
         if creator is not None and not isinstance(creator, Dial):
-            cparams["async_creator_fn"] = Dial(creator, self.dialling, self._threads)
+            cparams["async_creator_fn"] = Dial(creator, self)
 
     def _connected(self, dbapi: Any, _record: Any) -> None:
         self.open[id(dbapi)] = dbapi

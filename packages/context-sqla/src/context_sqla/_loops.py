@@ -40,6 +40,8 @@ class Member:
         limit = asyncio.get_running_loop().call_later(timeout, self.watch.cut_all)
         try:
             await self.engine.dispose()
+            if self.watch.late:  # a thread cannot be cancelled: what it opens would stay open if the loop ended now
+                await asyncio.wait(tuple(self.watch.late), timeout=timeout)
         finally:
             limit.cancel()
 
@@ -51,7 +53,7 @@ class LoopState:
         self.loop: asyncio.AbstractEventLoop = loop
         self.members: dict[str, Member] = {}
         self.active: set[Any] = set()  # the sessions of running units
-        self.retiring: set[Member] = set()
+        self.retiring: set[Member] = set()  # out of use, but a connection is out or a thread not at its end
         self._sweep: asyncio.TimerHandle | None = None
         self._drained: asyncio.Event | None = None
         self._keeper: Any = None
@@ -63,7 +65,8 @@ class LoopState:
             self._keeper.__anext__().send(None)
 
     def add(self, member: Member) -> None:
-        """Make this the engine of its host."""
+        """Make this the engine of its host, also if it was out of use."""
+        self.retiring = {each for each in self.retiring if each.watch is not member.watch}
         member.watch.retired = False
         self.members[member.host] = member
 
@@ -97,7 +100,7 @@ class LoopState:
             try:
                 await member.dispose(timeout)
             finally:
-                self.retiring.discard(member)
+                self._forget_finished()
 
         hold(dispose())
 
@@ -119,13 +122,16 @@ class LoopState:
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
-        members = [*self.members.values(), *self.retiring]
+        self.retiring.update(member for member in self.members.values() if for_good or not member.adopted)
         self.members.clear()
-        for member in members:
-            if for_good or not member.adopted:
-                await member.dispose(cleanup_timeout)
+        for member in tuple(self.retiring):
+            await member.dispose(cleanup_timeout)
             if for_good:
                 member.watch.end()
+        self._forget_finished()
+
+    def _forget_finished(self) -> None:
+        self.retiring = {member for member in self.retiring if member.watch.is_alive()}
 
     async def _until_the_loop_ends(self, cleanup_timeout: float) -> AsyncIterator[None]:
         try:

@@ -15,14 +15,19 @@ REAL_COMMITS = (
     "real commits"
 )
 
-_LATE = 5.0
-
 
 class Refusal:
-    """What a session carries whose unit has ended (P10)."""
+    """What a session carries whose unit has ended (P10).
 
-    def __init__(self, message: str, session: AsyncSession) -> None:
+    Args:
+        message: what everybody is told who uses the session.
+        session: the session.
+        limit: seconds for closing it once more.
+    """
+
+    def __init__(self, message: str, session: AsyncSession, limit: float) -> None:
         self.message = message
+        self._limit = limit
         self._session = weakref.ref(session)
 
     def get_bind(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -36,5 +41,5 @@ class Refusal:
 
     async def _close(self, session: AsyncSession) -> None:
         await asyncio.sleep(0)  # the error of the statement is on its way out of the session
-        async with asyncio.timeout(_LATE):
+        async with asyncio.timeout(self._limit):
             await session.close()

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, select
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -13,12 +12,13 @@ from sqlalchemy.util import await_only
 from ._callbacks import Callback, Callbacks
 from ._connect import DBConnect
 from ._context import TIMERS
+from ._drivers import leaves_doubt
 from ._engines import KEY
 from ._lines import Lines, Prepared
 from ._policy import BeforeCommitCallback, Policy
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
 from ._settle import logger, settle
-from .errors import SessionBusyError, _outcome_of
+from .errors import ContextClosedError, SessionBusyError, _outcome_of
 
 
 class Owner(Protocol):
@@ -81,6 +81,7 @@ class Slot:
         self.place: Place | None = None  # in the transaction of a test
         self.evicted: str | None = None  # a unit around it had to end first
         self._sending = False  # the unit itself is flushing
+        self._late: str | None = None  # what the statement is told whose connection is still being opened
         self._owner: asyncio.Task[Any] | None = None
         self.sync.info[KEY] = self
 
@@ -187,7 +188,7 @@ class Slot:
         try:
             await self.session.commit()
         except BaseException as exc:
-            if self.lines.are_committing() and _is_unknown(exc):
+            if self.lines.are_committing() and leaves_doubt(exc):
                 _outcome_of(exc).in_doubt = True
                 exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
             raise
@@ -237,6 +238,9 @@ class Slot:
                 self.sync.invalidate()
         finally:
             self.disarm()
+        if self.busy and not self.lines:
+            self._late = told
+            self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
 
     def cut(self, reason: str) -> bool:
         """End the connections of the open transaction now, and return whether they are dead; a shared one is the test's."""
@@ -255,7 +259,7 @@ class Slot:
     def refuse(self, message: str) -> None:
         """Let the session take nothing any more, and forget this slot (a cycle would keep both from being freed)."""
         self.ended = message
-        refusal = Refusal(message, self.session)
+        refusal = Refusal(message, self.session, self.connect.cleanup_timeout)
         self.sync.info[KEY] = refusal
         self.sync.get_bind = refusal.get_bind  # type: ignore[method-assign]
 
@@ -267,7 +271,6 @@ class Slot:
 
     def forget(self) -> None:
         """Take the session out of what `DBConnect.close()` waits for."""
-        self.disarm()
         self._release()
         self.connect._left(self)
         if self.place is not None:
@@ -290,6 +293,7 @@ class Slot:
             self.disarm()
 
     def _get_bind(self, *args: Any, **kwargs: Any) -> Any:
+        self._late = None  # a statement that comes after the decision
         if self._is_stranger():
             raise SessionBusyError(
                 f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
@@ -326,6 +330,7 @@ class Slot:
         logger.warning("%r: %s holds a connection for more than %g s", self.connect, where(), seconds)
 
     def _release(self) -> None:
+        self.disarm()
         self.lines.clear()
         if self._held is not None:
             self._held.cancel()
@@ -361,6 +366,8 @@ class Slot:
         seconds = self.connect.warn_held_after
         if seconds is not None and self._held is None:
             self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds, context=TIMERS)
+        if self._late is not None:  # P3: what was asked for before a decision to roll back is not done after it
+            raise ContextClosedError(self._late)
 
     def before(self) -> None:
         """Do before a commit by hand what a unit does before its own: ask the hooks, look for a silent rollback (P4a, P14)."""
@@ -391,7 +398,7 @@ class Slot:
     def over(self) -> None:
         """Note that the transaction is over, one way or the other, and its connection is back."""
         self.hooked = self.kept = False
-        self.disarm()
+        self._late = None
         self._release()
         if not self._committed:
             self._callbacks.take()
@@ -399,13 +406,3 @@ class Slot:
             await_only(settle(self.run_due))
         elif not self.deferring:
             self._committed = False
-
-
-def _is_unknown(exc: BaseException) -> bool:
-    """Return whether this error leaves open what became of a COMMIT that had been sent."""
-    if not isinstance(exc, DBAPIError):
-        return True
-    state = getattr(exc.orig, "sqlstate", None) or getattr(exc.orig, "pgcode", None)
-    if isinstance(state, str):
-        return state.startswith(("08", "57P")) or state == "40003"
-    return exc.connection_invalidated

@@ -1,4 +1,7 @@
-"""A database, an observer of it, and clients of an application."""
+"""What the unit tests of all packages share: a database, an observer of it, and clients of an application.
+
+Nothing of a package is imported here but the core, which each of them needs: the tests of one run without the others.
+"""
 
 import asyncio
 import contextlib
@@ -81,19 +84,25 @@ def _messages_of(ledger: Ledger):
 
     async def messages_of(app, path: str = "/", *, kind: str = "http", log: list[str] | None = None, **scope) -> list[str]:
         log = [] if log is None else log
+        complete = asyncio.Event()
         received = [{"type": f"{kind}.{'connect' if kind == 'websocket' else 'request'}"}]
 
         async def receive():
             if not received:
-                await asyncio.Event().wait()
+                await complete.wait()  # as servers do; Litestar and Quart wait for it
+                return {"type": f"{kind}.disconnect"}
             return received.pop()
 
         async def send(message):
             what = message.get("status", message.get("body", message.get("text", b"")))
-            text = what.decode() if isinstance(what, bytes) else str(what)
+            text = what.decode(errors="replace") if isinstance(what, bytes) else str(what)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                complete.set()
             log.append(f"{message['type'].split('.')[-1]} {text}{'+' if message.get('more_body') else ''} [{ledger.names()}]")
 
         scope = {"type": kind, "method": "GET", "path": path, "headers": [], "query_string": b"", "root_path": ""} | scope
+        if kind == "websocket":
+            del scope["method"]
         await app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send)
         return log
 
