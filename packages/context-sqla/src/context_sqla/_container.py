@@ -42,6 +42,7 @@ class Container:
     # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
     phase: Phase = HANDLER
     options: Mapping[str, Any] | None = None  # of every transaction of this unit
+    used: bool = False  # a session or a callback was asked for
     committed: bool = False  # something of this unit can no longer be rolled back
     _ahead: dict[str, Slot] | None = None
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
@@ -106,6 +107,7 @@ class Container:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
         if self.phase is CLOSED:
             raise _outlived(connect)
+        self.used = True
         running = _running_loop()
         if self.loop is None:
             self.loop = running
