@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
-from context_sqla.adapters import Phase, Unit
+from context_sqla.adapters import NOTHING, Phase, Unit
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -42,18 +42,19 @@ class Wire:
         body_read: the request's body was received to its end.
     """
 
-    __slots__ = ("_left", "_receive", "_send", "app", "body_read", "decides", "failed", "head", "late", "unit")
+    # Defaults of the class: most requests need none of them.
+    head: Message | None = None
+    decides: bool = False
+    failed: Exception | None = None
+    late: Exception | None = None
+    body_read: bool = False
+    _left: float | None = None  # of the Content-Length, once it was asked for
 
     def __init__(self, unit: Unit, app: Any, receive: Receive, send: Send) -> None:
         self.unit: Unit = unit
         self.app: Any = app
-        self.head: Message | None = None
-        self.decides: bool = False
-        self.failed: Exception | None = None
-        self.late: Exception | None = None
-        self.body_read: bool = False
-        self._receive, self._send = receive, send
-        self._left: float | None = None  # of the Content-Length, once it was asked for
+        self._receive = receive
+        self._send = send
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application on this wire.
@@ -89,14 +90,20 @@ class Wire:
         if kind == "http.response.start" and self.head is None and message["status"] >= 200:
             if self.unit.phase is _HANDLER:
                 self.decides, self.failed = True, None
-                return self._send_after(self.unit.head(message["status"]), message)
+                step = self.unit.head(message["status"])
+                if step is not NOTHING:
+                    return self._send_after(step, message)
+                self.head = message
+                return self._send(message)
             # If the body broke before middleware lets its head pass, only an answer that admits it may still go (P5).
             if self.failed is None or message["status"] >= 400:
                 self.failed, self.head = None, message
         if self.failed is not None:
             raise self.failed
         if self.decides and kind in _BODY and self._is_last(message):
-            return self._send_after(self.unit.end_of_body(), message)
+            step = self.unit.end_of_body()
+            if step is not NOTHING:
+                return self._send_after(step, message)
         return self._send(message)
 
     async def _send_after(self, step: Awaitable[None], message: Message) -> None:

@@ -11,7 +11,7 @@ from . import _events  # noqa: F401  # from here on sessions are listened to
 from ._callbacks import Callback
 from ._connect import DBConnect
 from ._options import check_options
-from ._policy import Policy
+from ._policy import DEFAULT_POLICY, Policy
 from ._slot import Slot
 from .errors import ContextClosedError, ContextSqlaError, ForeignLoopError, UnsupportedOptionError
 
@@ -42,6 +42,7 @@ class Container:
     # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
     phase: Phase = HANDLER
     options: Mapping[str, Any] | None = None  # of every transaction of this unit
+    used: bool = False  # a session or a callback was asked for
     committed: bool = False  # something of this unit can no longer be rolled back
     _ahead: dict[str, Slot] | None = None
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
@@ -57,7 +58,7 @@ class Container:
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
-    def __init__(self, policy: Policy, label: Callable[[], str] | None) -> None:
+    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
         self.policy: Policy = policy
         self.label: Callable[[], str] | None = label
         self.slots: dict[str, Slot] = {}
@@ -106,6 +107,7 @@ class Container:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
         if self.phase is CLOSED:
             raise _outlived(connect)
+        self.used = True
         running = _running_loop()
         if self.loop is None:
             self.loop = running

@@ -9,8 +9,7 @@ current: ContextVar[Any] = ContextVar("context_sqla_unit", default=None)
 TIMERS = Context()
 
 # F8: servers and clients that copy their context when they start never see a variable that a test sets later.
-_test_units: list[Any] = []
-
+test_units: list[Any] = []
 
 # What tests capture of the on-commit callbacks, and whether these run all the same.
 captures: list[tuple[list[Any], bool]] = []
@@ -23,28 +22,23 @@ def is_captured(callback: Any) -> bool:
     return not all(execute for _, execute in captures)
 
 
-def any_test_unit() -> bool:
-    """Return whether a test has opened a context to be joined (never, in production)."""
-    return bool(_test_units)
-
-
 def test_unit() -> Any:
     """Return the innermost unit that a test has opened to be joined, or None (always, in production)."""
-    if not _test_units:
+    if not test_units:
         return None
     here = current.get()
     while here is not None:
         if here.joinable:
             return here
         here = here.parent
-    return _test_units[-1]
+    return test_units[-1]
 
 
 def set_test_unit(unit: Any) -> None:
     """Let units opened from now on join this one."""
-    _test_units.append(unit)
+    test_units.append(unit)
 
 
 def clear_test_context(unit: Any) -> None:
     """Let no unit join this one any more."""
-    _test_units.remove(unit)
+    test_units.remove(unit)

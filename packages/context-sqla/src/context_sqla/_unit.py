@@ -6,8 +6,8 @@ head of the response leaves, what the body writes before its last byte, and back
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import Any
 
@@ -15,8 +15,10 @@ from . import _commit, _context
 from ._callbacks import Callback
 from ._connect import DBConnect
 from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
+from ._context import current as _current
+from ._context import test_unit, test_units
 from ._policy import DEFAULT_POLICY, Policy
-from ._settle import hold, logger, settle
+from ._settle import NOTHING, hold, logger, settle
 from ._slot import Slot
 from .errors import ContextSqlaError, ForeignLoopError, _outcome_of
 
@@ -43,9 +45,6 @@ class Unit(Container):
     _cleaning: "asyncio.Task[None] | None" = None
     _ends_with: "asyncio.Task[Any] | None" = None
 
-    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
-        super().__init__(policy, label)
-
     @classmethod
     def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
         """Open a unit and make it the current one; nothing else happens until a session is asked for (P1).
@@ -57,19 +56,29 @@ class Unit(Container):
             ForeignLoopError: the test's context, which is to be joined, belongs to another event loop.
         """
         unit = cls(policy, label)
-        if _context.any_test_unit():
+        if test_units:
             unit._join()
-        unit.make_current()
+        unit._token = _current.set(unit)
         return unit
 
-    async def head(self, status: int) -> None:
+    def head(self, status: int) -> Awaitable[None]:
         """Commit or roll back before the head of a response leaves (P3, P4).
 
         Only the first decision counts. If the commit fails its error is raised, everything is rolled back, and the unit is
         ready for the answer of an error handler, whose own head decides again.
+
+        Returns:
+            what is to be awaited; `NOTHING` if there was nothing to wait for.
         """
         if self.phase is not HANDLER:
-            return
+            return NOTHING
+        if not self.used and self.policy.should_commit is None:
+            self._commits = status < 400
+            self.phase = STREAM
+            return NOTHING
+        return self._head(status)
+
+    async def _head(self, status: int) -> None:
         commits = self.policy.commits(status)
         if self.slots or self._on_commit or self._opening or self._waiting or self.borrowed:
             await self._decide(commits, keep=commits)
@@ -78,12 +87,21 @@ class Unit(Container):
         if self._ahead:
             self._merge_ahead()
 
-    async def end_of_body(self) -> None:
+    def end_of_body(self) -> Awaitable[None]:
         """Commit what the body has written, before its last byte leaves (P5).
 
+        Returns:
+            what is to be awaited; `NOTHING` if there was nothing to wait for.
+
         Raises:
-            Exception: that of the commit; the last byte must then not leave.
+            Exception: that of the commit, when awaited; the last byte must then not leave.
         """
+        if not self.used and self.phase is STREAM:
+            self.phase = BACKGROUND
+            return NOTHING
+        return self._end_of_body()
+
+    async def _end_of_body(self) -> None:
         if self._broken is not None:
             raise self._broken  # whoever swallowed it the first time must not complete the response
         if self._left:
@@ -112,15 +130,26 @@ class Unit(Container):
             self.slots = {}
             self._cleaning = hold(_clean_up(doomed))
 
-    async def close(self, exc: BaseException | None = None) -> None:
+    def close(self, exc: BaseException | None = None) -> Awaitable[None]:
         """End the unit: commit background work that succeeded, roll everything else back, close all sessions (P6, P8).
 
         Args:
             exc: the exception that ended the request, which the caller goes on raising; errors in clean-up become its notes.
 
+        Returns:
+            what is to be awaited; `NOTHING` if there was nothing to wait for.
+
         Raises:
-            Exception: that of a commit of background work, unless `exc` was given.
+            Exception: that of a commit of background work, when awaited, unless `exc` was given.
         """
+        if self.phase is CLOSED:
+            return NOTHING
+        if not self.used and exc is None:
+            self._leave()
+            return NOTHING
+        return self._end(exc)
+
+    async def _end(self, exc: BaseException | None) -> None:
         if self.phase is CLOSED:
             return
         if exc is not None:
@@ -138,7 +167,8 @@ class Unit(Container):
             Exception: that of the commit; everything is then rolled back.
         """
         try:
-            await self._close(True, None)
+            if self.used:
+                await self._close(True, None)
         finally:
             self._leave()
 
@@ -160,7 +190,7 @@ class Unit(Container):
 
     def make_current(self) -> Token[Any]:
         """Let code from here on work in this unit."""
-        self._token = token = _context.current.set(self)
+        self._token = token = _current.set(self)
         return token
 
     def leave(self) -> None:
@@ -193,7 +223,7 @@ class Unit(Container):
 
     async def take_place(self, connect: DBConnect[Any]) -> Any:
         """Return a place in the transaction of a test for a session that is no unit's, None where there is none (P12)."""
-        if _context.any_test_unit():
+        if test_units:
             self._join()
         turn = (self._test().turns or {}).get(connect.context_key) if self.joined else None
         return None if turn is None else await turn.take(self)
@@ -209,7 +239,7 @@ class Unit(Container):
     # Opening
 
     def _join(self) -> None:
-        test = _context.test_unit()
+        test = test_unit()
         if test.phase is CLOSED:
             return
         if test.loop is not asyncio.get_running_loop():
@@ -217,7 +247,7 @@ class Unit(Container):
                 "a test context is open, and this application runs in another event loop, where the test's connection cannot be "
                 "used: call it through httpx.ASGITransport(app) in the test's own loop, or test with real commits"
             )
-        here = _context.current.get()
+        here = _current.get()
         self.joined = True
         self.parent = here if here is not None and here.phase is not CLOSED and (here.joined or here.joinable) else test
 
@@ -319,13 +349,15 @@ class Unit(Container):
             task.remove_done_callback(self._close_after)
         token, self._token = self._token, None
         if token is not None:
-            with suppress(ValueError):  # closed from another context, whose variable was never this unit
-                _context.current.reset(token)
+            try:  # noqa: SIM105  # every request comes by: `suppress` is two calls
+                _current.reset(token)
+            except ValueError:  # closed from another context, whose variable was never this unit
+                pass
 
     def _close_after(self, task: "asyncio.Task[Any]") -> None:
         exc: BaseException | None = asyncio.CancelledError() if task.cancelled() else task.exception()
         if self._has_work():
-            hold(self.close(exc))
+            hold(self._end(exc))
         else:
             self._leave()
 
