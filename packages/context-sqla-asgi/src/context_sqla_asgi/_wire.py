@@ -42,33 +42,19 @@ class Wire:
         body_read: the request's body was received to its end.
     """
 
-    # Defaults of the class: most requests need none of them.
-    head: Message | None = None
-    decides: bool = False
-    failed: Exception | None = None
-    late: Exception | None = None
-    body_read: bool = False
-    _left: float | None = None  # of the Content-Length, once it was asked for
+    __slots__ = ("_left", "_receive", "_send", "app", "body_read", "decides", "failed", "head", "late", "unit")
 
     def __init__(self, unit: Unit, app: Any, receive: Receive, send: Send) -> None:
         self.unit: Unit = unit
         self.app: Any = app
+        self.head: Message | None = None
+        self.decides: bool = False
+        self.failed: Exception | None = None
+        self.late: Exception | None = None
+        self.body_read: bool = False
         self._receive = receive
         self._send = send
-
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Run the application on this wire.
-
-        Raises:
-            Exception: the error that broke the response, whatever the application made of it on its way (P4), or its own.
-        """
-        try:
-            await app(scope, self.receive, self.send)
-        except Exception:
-            if self.failed is None:
-                raise
-        if self.failed is not None:
-            raise self.failed
+        self._left: float | None = None  # of the Content-Length, once it was asked for
 
     async def receive(self) -> Message:
         """Return the next message of the server; a client that has left ends an unfinished body (P5)."""
@@ -100,7 +86,7 @@ class Wire:
                 self.failed, self.head = None, message
         if self.failed is not None:
             raise self.failed
-        if self.decides and kind in _BODY and self._is_last(message):
+        if self.decides and kind in _BODY and (not message.get("more_body") or self._is_last(message)):
             step = self.unit.end_of_body()
             if step is not NOTHING:
                 return self._send_after(step, message)
@@ -117,9 +103,7 @@ class Wire:
         await self._send(message)
 
     def _is_last(self, message: Message) -> bool:
-        """Return whether the response is complete with this message: by its mark, or by the declared length."""
-        if not message.get("more_body", False):
-            return True
+        """Return whether the response is complete with this message, although it has no mark: by the declared length."""
         if self._left is None:
             fields = self.head.get("headers", ()) if self.head is not None else ()
             lengths = [value for name, value in fields if name.lower() == b"content-length" and value.isdigit()]

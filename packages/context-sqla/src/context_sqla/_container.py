@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextvars import Token
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -40,9 +41,7 @@ class Container:
     """
 
     # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
-    phase: Phase = HANDLER
     options: Mapping[str, Any] | None = None  # of every transaction of this unit
-    used: bool = False  # a session or a callback was asked for
     committed: bool = False  # something of this unit can no longer be rolled back
     _ahead: dict[str, Slot] | None = None
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
@@ -54,15 +53,21 @@ class Container:
     joinable: bool = False  # opened by a test, for others to join
     joined: bool = False
     parent: "Container | None" = None
-    loop: asyncio.AbstractEventLoop | None = None
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
     def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
+        # What every request reads: CPython finds it at once only where the class has no default of the same name.
         self.policy: Policy = policy
         self.label: Callable[[], str] | None = label
+        self.phase: Phase = HANDLER
+        self.used: bool = False  # a session or a callback was asked for
         self.slots: dict[str, Slot] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None  # that of the first session
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
+        self._token: Token[Any] | None = None  # of the context variable
+        self._commits: bool = True  # the decision about the head holds for the body
+        self._ends_with: asyncio.Task[Any] | None = None
 
     def holds(self, context_key: str) -> bool:
         """Return whether a session of this connect is open in the unit."""

@@ -14,7 +14,7 @@ from typing import Any
 from . import _commit, _context
 from ._callbacks import Callback
 from ._connect import DBConnect
-from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
+from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container
 from ._context import current as _current
 from ._context import test_unit, test_units
 from ._policy import DEFAULT_POLICY, Policy
@@ -33,17 +33,11 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
-    phase: Phase = HANDLER
-    slots: dict[str, Slot]
-    parent: Container | None = None
-    _token: Token[Any] | None = None
-    _commits: bool = True  # the decision about the head holds for the body
     _ending: bool = False  # the final commit of the body has begun
     _left: bool = False  # the client has left, the body may still go on
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
     _cleaning: "asyncio.Task[None] | None" = None
-    _ends_with: "asyncio.Task[Any] | None" = None
 
     @classmethod
     def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
@@ -144,10 +138,10 @@ class Unit(Container):
         """
         if self.phase is CLOSED:
             return NOTHING
-        if not self.used and exc is None:
-            self._leave()
-            return NOTHING
-        return self._end(exc)
+        if self.used or exc is not None:
+            return self._end(exc)
+        self._leave()
+        return NOTHING
 
     async def _end(self, exc: BaseException | None) -> None:
         if self.phase is CLOSED:
@@ -343,13 +337,14 @@ class Unit(Container):
 
     def _leave(self) -> None:
         self.phase = CLOSED
-        self._broken = None
-        task, self._ends_with = self._ends_with, None
-        if task is not None:
-            task.remove_done_callback(self._close_after)
-        token, self._token = self._token, None
-        if token is not None:
-            try:  # noqa: SIM105  # every request comes by: `suppress` is two calls
+        if self.used:
+            self._broken = None
+        if self._ends_with is not None:
+            self._ends_with.remove_done_callback(self._close_after)
+            self._ends_with = None
+        if self._token is not None:
+            token, self._token = self._token, None
+            try:  # noqa: SIM105  # every request comes by, and `suppress` is three calls
                 _current.reset(token)
             except ValueError:  # closed from another context, whose variable was never this unit
                 pass
