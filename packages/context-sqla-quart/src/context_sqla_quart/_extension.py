@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from context_sqla import DBConnect, run_in_new_ctx
-from context_sqla.adapters import BeforeCommitCallback, explain, retry_after_header
+from context_sqla.adapters import NOTHING, BeforeCommitCallback, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
@@ -95,7 +95,7 @@ class ContextSQLA:
         app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
         app.finalize_request = _deciding(app)
         app.add_background_task = _afterwards(app)
-        app.before_request_funcs[None].insert(0, _note_names)
+        app.preprocess_request = _noting(app.preprocess_request)
 
 
 class _Afterwards:
@@ -117,7 +117,9 @@ def _around(app: Quart, whole: Callable[..., Awaitable[None]]) -> Callable[..., 
     handlers = app.error_handler_spec[None][None]
 
     async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
-        if not any(cls in handlers for cls in _ANSWERED):  # late, for the application may add its own after setup
+        if UnavailableError not in handlers and not any(
+            cls in handlers for cls in _ANSWERED
+        ):  # late, for the application may add its own after setup
             handlers[UnavailableError] = _unavailable
         if scope["type"] != "http" or _AFTERWARDS in scope:
             await whole(scope, receive, send)
@@ -199,7 +201,9 @@ def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
         if wire is None:
             return response
         try:
-            await wire.unit.head(response.status_code)
+            step = wire.unit.head(response.status_code)
+            if step is not NOTHING:
+                await step
         except Exception as error:  # noqa: BLE001 - P4b: answered as if the view had raised it, or raised again
             _scope()[_AFTERWARDS].jobs.clear()
             result = await app.handle_user_exception(*args[:first], error)
@@ -236,7 +240,12 @@ async def _run_all(jobs: list[Callable[[], Awaitable[Any]]]) -> None:
         await job()
 
 
-async def _note_names() -> None:
-    """Put the names of the path's parameters where the unit's label looks for them."""
-    if request.view_args:
-        _scope()["path_params"] = request.view_args
+def _noting(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Put the names of the path's parameters where the unit's label looks for them, before all hooks."""
+
+    def preprocess_request(*args: Any) -> Awaitable[Any]:
+        if request.view_args:
+            _scope()["path_params"] = request.view_args
+        return preprocess(*args)
+
+    return preprocess_request

@@ -67,6 +67,7 @@ class Container:
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
         self._token: Token[Any] | None = None  # of the context variable
         self._commits: bool = True  # the decision about the head holds for the body
+        self._left: bool = False  # the client has left, the body may still go on
         self._ends_with: asyncio.Task[Any] | None = None
 
     def holds(self, context_key: str) -> bool:

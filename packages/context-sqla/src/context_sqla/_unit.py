@@ -34,7 +34,6 @@ class Unit(Container):
     """
 
     _ending: bool = False  # the final commit of the body has begun
-    _left: bool = False  # the client has left, the body may still go on
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
     _cleaning: "asyncio.Task[None] | None" = None
@@ -90,10 +89,11 @@ class Unit(Container):
         Raises:
             Exception: that of the commit, when awaited; the last byte must then not leave.
         """
-        if not self.used and self.phase is STREAM:
+        if self.used or self._left:
+            return self._end_of_body()
+        if self.phase is STREAM:
             self.phase = BACKGROUND
-            return NOTHING
-        return self._end_of_body()
+        return NOTHING
 
     async def _end_of_body(self) -> None:
         if self._broken is not None:
