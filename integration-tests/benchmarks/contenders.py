@@ -35,6 +35,25 @@ def connect_to(engine: AsyncEngine) -> DBConnect[AsyncSession]:
     return DBConnect.from_sessionmaker(maker_of(engine))
 
 
+def session_of(db: DBConnect[AsyncSession], work: Work | None) -> Callable[[], Awaitable[Any]]:
+    """Return what gives an endpoint the session for its work, or nothing if that does not ask."""
+
+    async def nothing() -> None:
+        return None
+
+    return (lambda: db_session(db)) if getattr(work, "asks", True) else nothing
+
+
+def using(engine: AsyncEngine, work: Work) -> Callable[[], Awaitable[None]]:
+    """Return what an endpoint does: the work on the unit's session, or without one if the work does not ask."""
+    db = connect_to(engine)
+
+    async def use() -> None:
+        await work(await db_session(db) if getattr(work, "asks", True) else None)
+
+    return use
+
+
 # ------------------------------------------------------------------------------------------------------------------ pure ASGI
 
 
@@ -56,7 +75,15 @@ def asgi_ours(engine: AsyncEngine, work: Work | None) -> Any:
     """The application in `setup`."""
     from context_sqla_asgi import setup
 
-    return setup(_asgi_bare)
+    if work is None:
+        return setup(_asgi_bare)
+    use = using(engine, work)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await use()
+        await _asgi_answer(send)
+
+    return setup(app)
 
 
 def asgi_seed(engine: AsyncEngine, work: Work | None) -> Any:
@@ -115,7 +142,7 @@ def starlette_ours(engine: AsyncEngine, work: Work | None) -> Any:
     from context_sqla_starlette import setup
 
     db = connect_to(engine)
-    app = _starlette(work, lambda: db_session(db))
+    app = _starlette(work, session_of(db, work))
     setup(app)
     return app
 
@@ -200,7 +227,7 @@ def fastapi_ours(engine: AsyncEngine, work: Work | None) -> Any:
     from context_sqla_fastapi import setup
 
     db = connect_to(engine)
-    app = _fastapi(work, lambda: db_session(db))
+    app = _fastapi(work, session_of(db, work))
     setup(app)
     return app
 
@@ -302,11 +329,13 @@ def fastapi_sqla(engine: AsyncEngine, work: Work | None) -> Any:
 # ------------------------------------------------------------------------------------------------------------------- Litestar
 
 
-def _litestar(**options: Any) -> Any:
+def _litestar(use: Callable[[], Awaitable[None]] | None = None, **options: Any) -> Any:
     from litestar import Litestar, get
 
-    @get("/", sync_to_thread=False)
-    def endpoint() -> str:
+    @get("/")
+    async def endpoint() -> str:
+        if use is not None:
+            await use()
         return "ok"
 
     return Litestar([endpoint], openapi_config=None, **options)
@@ -321,7 +350,7 @@ def litestar_ours(engine: AsyncEngine, work: Work | None) -> Any:
     """The plugin."""
     from context_sqla_litestar import ContextSQLAPlugin
 
-    return _litestar(plugins=[ContextSQLAPlugin()])
+    return _litestar(using(engine, work) if work is not None else None, plugins=[ContextSQLAPlugin()])
 
 
 def litestar_no_op(engine: AsyncEngine, work: Work | None) -> Any:
@@ -347,13 +376,15 @@ def litestar_advanced_alchemy(engine: AsyncEngine, work: Work | None) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------- Quart
 
 
-def _quart() -> Any:
+def _quart(use: Callable[[], Awaitable[None]] | None = None) -> Any:
     from quart import Quart
 
     app = Quart(__name__)
 
     @app.get("/")
     async def endpoint() -> str:
+        if use is not None:
+            await use()
         return "ok"
 
     return app
@@ -368,7 +399,7 @@ def quart_ours(engine: AsyncEngine, work: Work | None) -> Any:
     """`setup`."""
     from context_sqla_quart import setup
 
-    app = _quart()
+    app = _quart(using(engine, work) if work is not None else None)
     setup(app)
     return app
 
@@ -387,10 +418,12 @@ def quart_no_op(engine: AsyncEngine, work: Work | None) -> Any:
 # -------------------------------------------------------------------------------------------------------------------- aiohttp
 
 
-def _aiohttp(*middlewares: Any) -> Any:
+def _aiohttp(*middlewares: Any, use: Callable[[], Awaitable[None]] | None = None) -> Any:
     from aiohttp import web
 
     async def handler(request: web.Request) -> web.Response:
+        if use is not None:
+            await use()
         return web.Response(text="ok")
 
     app = web.Application(middlewares=middlewares)
@@ -407,7 +440,7 @@ def aiohttp_ours(engine: AsyncEngine, work: Work | None) -> Any:
     """`setup`."""
     from context_sqla_aiohttp import setup
 
-    app = _aiohttp()
+    app = _aiohttp(use=using(engine, work) if work is not None else None)
     setup(app)
     return app
 
@@ -436,14 +469,17 @@ def aiohttp_sqlalchemy(engine: AsyncEngine, work: Work | None) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------- Sanic
 
 
-def _sanic(name: str) -> Any:
+def _sanic(name: str, use: Callable[[], Awaitable[None]] | None = None) -> Any:
     from sanic import Sanic
     from sanic.response import text
 
+    Sanic.test_mode = True  # several applications in one process, whatever their names
     app: Any = Sanic(name, configure_logging=False)
 
     @app.get("/")
     async def handler(request: Any) -> Any:
+        if use is not None:
+            await use()
         return text("ok")
 
     return app
@@ -458,7 +494,7 @@ def sanic_ours(engine: AsyncEngine, work: Work | None) -> Any:
     """`setup`."""
     from context_sqla_sanic import setup
 
-    app = _sanic("ours")
+    app = _sanic("ours", using(engine, work) if work is not None else None)
     setup(app)
     return app
 
@@ -495,13 +531,11 @@ async def drive(framework: str, app: Any) -> Callable[[int], Awaitable[None]]:
 
 async def _drive_sanic(app: Any) -> Callable[[int], Awaitable[None]]:
     """Sanic rewrites methods of its classes for the application that starts, so each contender brings its own back."""
-    from sanic import Sanic
     from sanic.application.constants import ServerStage
     from sanic.application.state import ApplicationServerInfo
     from sanic.server.protocols.http_protocol import HttpProtocol
     from sanic.touchup.service import TouchUp
 
-    Sanic.test_mode = True  # several applications in one process
     await app._startup()
     app.state.server_info.append(ApplicationServerInfo({}, ServerStage.SERVING))
     await app._server_event("init", "before")

@@ -4,23 +4,22 @@ import asyncio
 import gc
 import subprocess
 import sys
-
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from context_sqla import DBConnect, close_db_session, commit_db_session, db_context, db_session, run_in_new_ctx
+from context_sqla import DBConnect, db_context, db_session, run_in_new_ctx
 from context_sqla.adapters import Unit
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from support.postgres import Postgres
 
-from .contenders import NO_DB, OURS, WITH_SESSION, connect_to, drive, installed, maker_of
+from .contenders import NO_DB, OURS, WITH_SESSION, asgi_bare, connect_to, drive, installed, maker_of
 from .drive import asgi
-from .rounds import Contender, Result, Spread, measure
+from .rounds import Contender, Result, measure
 
 
 @dataclass
@@ -32,6 +31,29 @@ class Report:
     results: list[Result] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How thoroughly is measured.
+
+    Args:
+        rounds: how often each contender has its turn.
+        scale: of the length of a turn.
+        only: leave out the libraries but this one: where one needs versions that the others cannot have.
+    """
+
+    rounds: int = 41
+    scale: float = 1.0
+    only: str | None = None
+
+    async def measure(self, contenders: Sequence[Contender], seconds: float, *, rounds: int | None = None) -> list[Result]:
+        """Measure in turns of so many seconds each."""
+        return await measure(contenders, rounds=rounds or self.rounds, seconds=seconds * self.scale)
+
+    def takes(self, library: str | None) -> bool:
+        """Return whether a contender takes part at all."""
+        return library is None or self.only in (None, library)
 
 
 @asynccontextmanager
@@ -58,17 +80,19 @@ async def _nothing(session: Any) -> None:
     pass
 
 
-async def no_db(framework: str, server: Postgres, rounds: int) -> Report:
+async def no_db(framework: str, server: Postgres, effort: Effort) -> Report:
     """A request that does not use the database."""
     report = Report(f"request without database, {framework}", _NO_DB_GOALS[framework])
     async with _engine(server) as engine:
         contenders = []
         for name, (make, library) in NO_DB[framework].items():
+            if not effort.takes(library):
+                continue
             if library is not None and not installed(library):
                 report.missing.append(name)
                 continue
             contenders.append(Contender(name, await drive(framework, make(engine, None))))
-        report.results = await measure(contenders, rounds=rounds, seconds=0.03)
+        report.results = await effort.measure(contenders, 0.03)
     return report
 
 
@@ -83,30 +107,32 @@ _NO_DB_GOALS = {
 }
 
 
-async def _in_requests(title: str, goal: str, work: Any, server: Postgres, rounds: int, seconds: float) -> Report:
+async def _in_requests(title: str, goal: str, work: Any, server: Postgres, effort: Effort, seconds: float) -> Report:
     report = Report(title, goal)
     async with _engine(server) as engine:
         contenders = []
         for name, (make, library) in WITH_SESSION.items():
+            if not effort.takes(library):
+                continue
             if library is not None and not installed(library):
                 report.missing.append(name)
                 continue
             contenders.append(Contender(name, await drive("fastapi", make(engine, work))))
-        report.results = await measure(contenders, rounds=rounds, seconds=seconds)
+        report.results = await effort.measure(contenders, seconds)
     return report
 
 
-async def one_query(server: Postgres, rounds: int) -> Report:
+async def one_query(server: Postgres, effort: Effort) -> Report:
     """One SELECT and one INSERT, committed, in FastAPI."""
-    return await _in_requests("one SELECT and one INSERT, FastAPI", "at most 0.97", _query, server, rounds, 0.06)
+    return await _in_requests("one SELECT and one INSERT, FastAPI", "at most 0.97", _query, server, effort, 0.06)
 
 
-async def empty_session(server: Postgres, rounds: int) -> Report:
+async def empty_session(server: Postgres, effort: Effort) -> Report:
     """A session that does nothing, in FastAPI."""
-    return await _in_requests("a session that does nothing, FastAPI", "at most 0.60", _nothing, server, rounds, 0.03)
+    return await _in_requests("a session that does nothing, FastAPI", "at most 0.60", _nothing, server, effort, 0.03)
 
 
-async def same_without_framework(server: Postgres, rounds: int) -> Report:
+async def same_without_framework(server: Postgres, effort: Effort) -> Report:
     """The same two statements, without a framework around them: the unit alone."""
     report = Report("one SELECT and one INSERT, the unit alone", "at most 0.97")
     async with _engine(server) as engine:
@@ -126,11 +152,11 @@ async def same_without_framework(server: Postgres, rounds: int) -> Report:
                 await unit.close()
 
         contenders = [Contender("by hand", by_hand), Contender(OURS, ours)]
-        report.results = await measure(contenders, rounds=rounds, seconds=0.06)
+        report.results = await effort.measure(contenders, 0.06)
     return report
 
 
-async def same_without_work(server: Postgres, rounds: int) -> Report:
+async def same_without_work(server: Postgres, effort: Effort) -> Report:
     """A session that does nothing, without a framework around it."""
     report = Report("a session that does nothing, the unit alone", "at most 0.60")
     async with _engine(server) as engine:
@@ -149,11 +175,11 @@ async def same_without_work(server: Postgres, rounds: int) -> Report:
                 await unit.end_of_body()
                 await unit.close()
 
-        report.results = await measure([Contender("by hand", by_hand), Contender(OURS, ours)], rounds=rounds)
+        report.results = await effort.measure([Contender("by hand", by_hand), Contender(OURS, ours)], 0.02)
     return report
 
 
-async def asked_again(server: Postgres, rounds: int) -> Report:
+async def asked_again(server: Postgres, effort: Effort) -> Report:
     """`db_session()` within a request that has its session."""
     report = Report("db_session() again", "at most 110 ns on the machine of the floor's 97 ns: 1.13")
     async with _engine(server) as engine:
@@ -180,7 +206,7 @@ async def asked_again(server: Postgres, rounds: int) -> Report:
             contenders.append(Contender("context-async-sqlalchemy", _seed_again(engine)))
         else:
             report.missing.append("context-async-sqlalchemy")
-        report.results = await measure(contenders, rounds=rounds)
+        report.results = await effort.measure(contenders, 0.02)
     return report
 
 
@@ -208,7 +234,7 @@ def _seed_again(engine: AsyncEngine) -> Callable[[int], Awaitable[None]]:
     return run
 
 
-async def gathered(server: Postgres, rounds: int) -> Report:
+async def gathered(server: Postgres, effort: Effort) -> Report:
     """Ten units under `gather`, one SELECT each."""
     report = Report("ten run_in_new_ctx under gather", "at most 1.00")
     async with _engine(server, pool_size=10) as engine:
@@ -230,11 +256,11 @@ async def gathered(server: Postgres, rounds: int) -> Report:
                 await asyncio.gather(*(run_in_new_ctx(one) for _ in range(10)))
 
         contenders = [Contender("by hand", by_hand), Contender(OURS, ours)]
-        report.results = await measure(contenders, rounds=rounds, seconds=0.08)
+        report.results = await effort.measure(contenders, 0.08)
     return report
 
 
-async def slow_afterwards(server: Postgres, rounds: int) -> Report:
+async def slow_afterwards(server: Postgres, effort: Effort) -> Report:
     """A query of 20 ms, then 50 ms of background work, pool of five, sixty requests at once."""
     report = Report("20 ms of query, 50 ms afterwards, pool of five: time per request", "at most 1 / 0.97 of released by hand")
     sleep = text("SELECT pg_sleep(0.02)")
@@ -243,7 +269,7 @@ async def slow_afterwards(server: Postgres, rounds: int) -> Report:
         contenders = [Contender("released by hand", _at_once(_by_hand_and_on(maker, sleep)))]
         contenders.append(Contender(OURS, _at_once(_ours_and_on(db, sleep))))
         contenders.append(Contender("Depends(yield)", _at_once(_depends_and_on(maker, sleep))))
-        report.results = await measure(contenders, rounds=max(3, rounds // 6), seconds=0.4)
+        report.results = await effort.measure(contenders, 0.4, rounds=max(3, effort.rounds // 6))
     return report
 
 
@@ -317,7 +343,7 @@ def _depends_and_on(maker: Any, statement: Any) -> Any:
     return app
 
 
-async def several_connects(server: Postgres, rounds: int) -> Report:
+async def several_connects(server: Postgres, effort: Effort) -> Report:
     """One, two, four, eight connects in one unit, a SELECT on each."""
     report = Report("1, 2, 4, 8 connects in one unit", "linear: at most 2, 4, 8")
     async with _engine(server, pool_size=10) as engine:
@@ -336,16 +362,19 @@ async def several_connects(server: Postgres, rounds: int) -> Report:
             return run
 
         contenders = [Contender(f"{number}", units(number)) for number in (1, 2, 4, 8)]
-        report.results = await measure(contenders, rounds=rounds, seconds=0.06)
+        report.results = await effort.measure(contenders, 0.06)
     return report
 
 
-async def many_at_once(server: Postgres, rounds: int) -> Report:
+async def many_at_once(server: Postgres, effort: Effort) -> Report:
     """1, 10, 100, 1000 requests at once, which all wait once: the time of each."""
     report = Report("1, 10, 100, 1000 requests at once, bare and with units: time per request", "flat per request beside bare")
     for number in (1, 10, 100, 1000):
-        contenders = [Contender(f"{number}, bare", _crowd(number, units=False)), Contender(f"{number}", _crowd(number, units=True))]
-        report.results += await measure(contenders, rounds=rounds, seconds=0.03)
+        contenders = [
+            Contender(f"{number}, bare", _crowd(number, units=False)),
+            Contender(f"{number}", _crowd(number, units=True)),
+        ]
+        report.results += await effort.measure(contenders, 0.03)
     return report
 
 
@@ -367,7 +396,90 @@ def _crowd(number: int, *, units: bool) -> Callable[[int], Awaitable[None]]:
     return run
 
 
-async def memory(server: Postgres, rounds: int) -> Report:
+async def steps(server: Postgres, effort: Effort) -> Report:
+    """A request without database through a pure ASGI application, with one part of the middleware after the other."""
+    report = Report("where the time of a request without database goes, pure ASGI", "each line has what the one before has")
+    async with _engine(server) as engine:
+        app = asgi_bare(engine, None)
+        contenders = [Contender("the application alone", asgi(app))]
+        contenders += [Contender(name, asgi(make(app))) for name, make in _STEPS.items()]
+        report.results = await effort.measure(contenders, 0.02)
+    return report
+
+
+def _passed_on(app: Any) -> Any:
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def _made_current(app: Any) -> Any:
+    variable = _variable()
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        token = variable.set(scope)
+        await app(scope, receive, send)
+        variable.reset(token)
+
+    return middleware
+
+
+def _in_unit(app: Any) -> Any:
+    enter = Unit.enter
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        unit = enter()
+        await app(scope, receive, send)
+        unit.close()
+
+    return middleware
+
+
+def _decided(app: Any) -> Any:
+    enter = Unit.enter
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        unit = enter()
+        await app(scope, receive, send)
+        unit.head(200)
+        unit.end_of_body()
+        unit.close()
+
+    return middleware
+
+
+def _wired(app: Any) -> Any:
+    from context_sqla_asgi import Wire
+
+    enter = Unit.enter
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        unit = enter()
+        wire = Wire(unit, None, receive, send)
+        await app(scope, wire.receive, wire.send)
+        unit.close()
+
+    return middleware
+
+
+def _whole(app: Any) -> Any:
+    from context_sqla_asgi import setup
+
+    return setup(app)
+
+
+_STEPS: Mapping[str, Callable[[Any], Any]] = {
+    "a call in between": _passed_on,
+    "a context variable, set and reset": _made_current,
+    "the unit, opened and closed": _in_unit,
+    "its two decisions: head, end of body": _decided,
+    "by what the application sends": _wired,
+    "the middleware: label, nesting, errors": _whole,
+}
+
+
+async def memory(server: Postgres, effort: Effort) -> Report:
     """The bytes that an open, idle unit holds."""
     report = Report("memory of an open unit", "at most 600 bytes")
     number = 2000
@@ -384,7 +496,7 @@ async def memory(server: Postgres, rounds: int) -> Report:
     return report
 
 
-async def imports(server: Postgres, rounds: int) -> Report:
+async def imports(server: Postgres, effort: Effort) -> Report:
     """The time to import the core, beside SQLAlchemy's own, in fresh interpreters."""
     report = Report("import of the core, beside SQLAlchemy's own", "adds at most 3 ms")
     both = "import time, sqlalchemy.ext.asyncio, sqlalchemy.orm; a = time.perf_counter(); import context_sqla; print(time.perf_counter() - a)"
@@ -395,7 +507,7 @@ async def imports(server: Postgres, rounds: int) -> Report:
         return float(done.stdout) * 1e3
 
     times: Mapping[str, list[float]] = {both: [], alone: []}
-    for _ in range(max(5, rounds // 2)):
+    for _ in range(max(2, effort.rounds // 2)):
         for code, values in times.items():
             values.append(taken(code))
     report.facts["ms added"] = median(times[both])
@@ -403,8 +515,9 @@ async def imports(server: Postgres, rounds: int) -> Report:
     return report
 
 
-WORKLOADS: Mapping[str, Callable[[Postgres, int], Awaitable[Report]]] = {
-    **{f"no-db-{name}": (lambda server, rounds, name=name: no_db(name, server, rounds)) for name in NO_DB},  # type: ignore[misc]
+WORKLOADS: Mapping[str, Callable[[Postgres, Effort], Awaitable[Report]]] = {
+    **{f"no-db-{name}": (lambda server, effort, name=name: no_db(name, server, effort)) for name in NO_DB},  # type: ignore[misc]
+    "steps": steps,
     "query": one_query,
     "empty": empty_session,
     "query-unit": same_without_framework,
