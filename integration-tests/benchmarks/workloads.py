@@ -507,7 +507,7 @@ async def imports(server: Postgres, effort: Effort) -> Report:
         return float(done.stdout) * 1e3
 
     times: Mapping[str, list[float]] = {both: [], alone: []}
-    for _ in range(max(2, effort.rounds // 2)):
+    for _ in range(max(1, effort.rounds // 4)):
         for code, values in times.items():
             values.append(taken(code))
     report.facts["ms added"] = median(times[both])
