@@ -31,8 +31,9 @@ A ratio is that of the same round, to the first line of the table; the figures a
 The absolute times are those of this machine; the ratios are what carries over.
 No sockets are involved: a request is given to the application as its server would, so that the servers' own time hides nothing.
 
-Run it yourself: `nox -s bench`; [what each benchmark does]({source}) is told beside its code.
+Run it yourself: `nox -s bench`; [the folder of the benchmarks]({source}) tells how.
 """
+_NOTHING = "No times stand here yet, only what does not vary with the machine."
 _COUNTS = """What the suite's own functions do in one request, on each framework.
 Calls: how often one of them is entered or resumed, and calls something.
 Pieces of memory: what they have allocated and still hold while the endpoint runs.
@@ -55,7 +56,7 @@ def write(files: Sequence[Path]) -> None:
 
 def page(*data: dict[str, Any]) -> str:
     """Return the page."""
-    parts = [_HEAD.format(machine="\n".join(_machine(one) for one in data), source=_SOURCE)]
+    parts = [_HEAD.format(machine="\n".join(map(_machine, data)) or _NOTHING, source=_SOURCE)]
     for key, report in _reports(data):
         parts.append(f"## {report['title'][0].upper()}{report['title'][1:]}\n\nGoal: {report['goal']}.\n")
         parts += [_figure(key, report), _table(report), _honest(report)] if report["results"] else []

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextvars import Token
 from enum import StrEnum
+from threading import get_ident
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -64,6 +65,7 @@ class Container:
         self.used: bool = False  # a session or a callback was asked for
         self.slots: dict[str, Slot] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # that of the first session
+        self.thread: int | None = None  # in which that loop runs
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
         self._token: Token[Any] | None = None  # of the context variable
         self._commits: bool = True  # the decision about the head holds for the body
@@ -117,6 +119,7 @@ class Container:
         running = _running_loop()
         if self.loop is None:
             self.loop = running
+            self.thread = get_ident()
         elif running is not None and running is not self.loop:
             what = "" if connect is None else f"{connect!r}: "
             raise ForeignLoopError(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -17,12 +17,12 @@ class Nothing:
 
     __slots__ = ()
 
-    def __await__(self) -> Iterator[None]:
+    def __await__(self) -> Generator[Any, None, None]:
         """Be done."""
-        return iter(())
+        yield from ()
 
 
-NOTHING = Nothing()
+NOTHING: Awaitable[None] = Nothing()
 
 _held: set[asyncio.Task[Any]] = set()
 
