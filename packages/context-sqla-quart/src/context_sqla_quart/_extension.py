@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from context_sqla import DBConnect, run_in_new_ctx
-from context_sqla.adapters import NOTHING, BeforeCommitCallback, explain, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
@@ -201,9 +201,7 @@ def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
         if wire is None:
             return response
         try:
-            step = wire.unit.head(response.status_code)
-            if step is not NOTHING:
-                await step
+            await wire.unit.head(response.status_code)
         except Exception as error:  # noqa: BLE001 - P4b: answered as if the view had raised it, or raised again
             _scope()[_AFTERWARDS].jobs.clear()
             result = await app.handle_user_exception(*args[:first], error)
