@@ -27,7 +27,7 @@ ADAPTER_BUDGET = 150
 # In asgi and quart each request passes through what was one function, or a hook of the framework's, and is written out.
 LARGER_ADAPTER_BUDGETS = {
     "context-sqla-aiohttp": 200,
-    "context-sqla-asgi": 220,
+    "context-sqla-asgi": 230,
     "context-sqla-quart": 160,
     "context-sqla-sanic": 200,
 }
