@@ -14,7 +14,7 @@ from typing import Any
 from . import _commit, _context
 from ._callbacks import Callback
 from ._connect import DBConnect
-from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container
+from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
 from ._context import current as _current
 from ._context import test_unit, test_units
 from ._policy import DEFAULT_POLICY, Policy
@@ -33,6 +33,13 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
+    phase: Phase
+    slots: dict[str, Slot]
+    parent: Container | None
+    _left: bool
+    _token: Token[Any] | None
+    _commits: bool
+    _ends_with: "asyncio.Task[Any] | None"
     _ending: bool = False  # the final commit of the body has begun
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
