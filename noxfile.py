@@ -46,6 +46,10 @@ PYTEST = "context-sqla-pytest"
 PACKAGING = "integration-tests/packaging"
 HOSTS = "integration-tests/hosts"
 FAULTS = "integration-tests/faults"
+BENCHMARKS = "integration-tests/benchmarks"
+BENCHED = [name for name in PACKAGES if name not in ("context-sqla-hosts", "context-sqla-pytest")]
+COUNTED = ["3.11", "3.13"]  # the Pythons whose counts are committed
+MEASURED = Path("build", "bench")
 RESULTS = Path("results")  # what the contract sessions have seen; `nox -s results` joins it
 Versions = Literal["locked", "lowest", "newest", "prerelease"]
 ALONE = f"--confcutdir={PACKAGING}"  # without the fixtures of the contract, which need servers
@@ -71,6 +75,8 @@ def tests(session: nox.Session) -> None:
         session.notify(f"unit-{python}")
     session.notify("sqlalchemy-2.0")
     session.notify("plugin")
+    for python in COUNTED:
+        session.notify(f"costs-{python}")
     session.notify("examples")
     session.notify("docs")
     for framework in FRAMEWORKS:
@@ -290,6 +296,37 @@ def prerelease(session: nox.Session, framework: str) -> None:
     run_contract(session, framework, "prerelease", "-Wdefault::DeprecationWarning")
 
 
+@nox.session(python=COUNTED, tags=["ci"])
+def costs(session: nox.Session) -> None:
+    """Hold what a request calls and holds against the committed numbers, and let every benchmark run for a moment."""
+    install(session, "test", packages=BENCHED)
+    session.run("pytest", f"{BENCHMARKS}/tests", f"--confcutdir={BENCHMARKS}", *session.posargs)
+
+
+@nox.session(tags=["bench"])
+def bench(session: nox.Session) -> None:
+    """Measure what the suite costs, beside others; `-- [WORKLOAD] [--json FILE] [--against FILE]`, `-- counts [--write]`."""
+    install(session, "test", "bench", packages=BENCHED)
+    run_benchmarks(session, "bench.json", *session.posargs)
+
+
+@nox.session(name="bench-fastapi-sqla", tags=["bench"])
+def bench_fastapi_sqla(session: nox.Session) -> None:
+    """Measure beside fastapi-sqla, which needs an older FastAPI than the others, in an environment of its own."""
+    session.install("fastapi-sqla>=4,<5", *nox.project.dependency_groups(PYPROJECT, "test"))
+    session.install(*(f"-epackages/{name}" for name in FRAMEWORKS["fastapi"]))
+    asked = session.posargs or ["no-db-fastapi", "query", "empty"]
+    run_benchmarks(session, "bench-fastapi-sqla.json", "--only", "fastapi_sqla", *asked)
+
+
+@nox.session(name="bench-page", tags=["bench"])
+def bench_page(session: nox.Session) -> None:
+    """Write docs/reference/benchmarks.md and its plots from what the last two sessions have measured, or from `-- FILE...`."""
+    install(session, "test", "bench", packages=BENCHED)
+    measured = session.posargs or sorted(map(str, MEASURED.glob("*.json")))
+    session.run("python", "-m", "benchmarks", "page", *measured, env={"PYTHONPATH": "integration-tests"})
+
+
 @nox.session(python=False)
 def results(session: nox.Session) -> None:
     """Join what the contract sessions have seen, or `-- FILE...`, into one table; `-- --by-server` puts the drivers together."""
@@ -344,6 +381,12 @@ def built(session: nox.Session) -> Path:
 def run_unit_tests(session: nox.Session, *others: str) -> None:
     """Run the unit tests of all packages but the pytest plugin's, and others."""
     session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES if name != PYTEST), *others, *session.posargs)
+
+
+def run_benchmarks(session: nox.Session, name: str, *options: str) -> None:
+    """Run benchmarks, and keep the results for the page unless they are to go elsewhere or are of a part only."""
+    keep = [] if session.posargs else ["--json", str(MEASURED / name)]
+    session.run("python", "-m", "benchmarks", *options, *keep, env={"PYTHONPATH": "integration-tests"})
 
 
 def run_contract(session: nox.Session, framework: str, kind: str, *options: str) -> None:

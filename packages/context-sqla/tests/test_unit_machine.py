@@ -474,7 +474,11 @@ class UnitMachine:
     def close(self, fails):
         unit, before = self.unit, self.unit.phase
         cause = ZeroDivisionError() if fails else None
-        error = self.attempt(unit.close(cause))
+
+        async def close():  # here and now, and so in the unit's context
+            await unit.close(cause)
+
+        error = self.attempt(close())
         commits = before is Phase.BACKGROUND and not fails
         self.decide(commits, error)
         assert unit.phase is Phase.CLOSED

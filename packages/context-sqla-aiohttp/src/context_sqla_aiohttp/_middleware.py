@@ -95,9 +95,7 @@ class DBSessionMiddleware:
         task = asyncio.current_task()
         assert task is not None
         unit = Unit.enter(self._policy, partial(_label, request))
-        wire = Wire(unit, request)
-        unit.close_with(task)  # aiohttp writes most responses after all middleware
-        task.add_done_callback(wire.release)
+        wire = Wire(unit, request, task)
         try:
             return await _run(wire, request, handler)
         except BaseException as error:
@@ -120,6 +118,7 @@ async def _run(wire: Wire, request: web.Request, handler: Handler) -> web.Stream
         raise wire.late  # middleware has answered it, but the head of another response was out
     if wire.unit.phase is Phase.BACKGROUND:  # the handler went on after the last byte (P6)
         await wire.unit.close()
+    wire.returned = True
     return response
 
 

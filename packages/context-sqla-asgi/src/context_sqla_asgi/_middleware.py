@@ -6,7 +6,16 @@ from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, check_connects, hidden_unit, retry_after_header
+from context_sqla.adapters import (
+    NOTHING,
+    BeforeCommitCallback,
+    Phase,
+    Policy,
+    Unit,
+    check_connects,
+    hidden_unit,
+    retry_after_header,
+)
 from context_sqla.errors import UnavailableError
 
 from ._lifespan import run_lifespan
@@ -14,6 +23,8 @@ from ._wire import SCOPE_KEY, ASGIApp, Receive, Scope, Send, Wire
 
 Rule: TypeAlias = Callable[[int], bool]
 """Takes the status of a response and returns whether what its request wrote is committed; the default is "below 400" (P3)."""
+
+_enter = Unit.enter  # every request comes by
 
 
 def setup(
@@ -78,11 +89,17 @@ class ASGIHTTPDBSessionMiddleware:
         if scope["type"] != "http" or SCOPE_KEY in scope:
             await self._pass(scope, receive, send)
             return
-        unit = Unit.enter(self._policy, partial(request_label, scope))
+        unit = _enter(self._policy, lambda: request_label(scope))
         wire = scope[SCOPE_KEY] = Wire(unit, scope.get("app"), receive, send)
         error: BaseException | None = None
         try:
-            await wire.run(self.app, scope)
+            try:
+                await self.app(scope, wire.receive, wire.send)
+            except Exception:
+                if wire.failed is None:
+                    raise
+            if wire.failed is not None:
+                raise wire.failed  # noqa: TRY301  # P4: what broke the response, whatever the application made of it
             error = wire.late
         except BaseException as exc:
             error = exc
@@ -92,7 +109,8 @@ class ASGIHTTPDBSessionMiddleware:
         finally:
             scope.pop(SCOPE_KEY, None)  # or each request is a cycle: scope, wire, unit, label, scope
             error, closing = None, unit.close(error)  # and each failed one: error, traceback, this frame, error
-            await closing
+            if closing is not NOTHING:
+                await closing
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         with nullcontext() if scope["type"] == "http" else hidden_unit():
@@ -118,24 +136,37 @@ class CommitPoint:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app: ASGIApp = app
+        self._watch = self.watch
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901  # one piece: each request comes by
         outer: Wire | None = scope.get(SCOPE_KEY)
         if outer is None:
             await self.app(scope, receive, send)
             return
-        if self.watch is not None:
-            self.watch(outer.unit, scope)
+        if self._watch is not None:
+            self._watch(outer.unit, scope)
         wire = scope[SCOPE_KEY] = Wire(outer.unit, scope.get("app"), receive, send)
         try:
-            await wire.run(self.app, scope)
+            try:
+                await self.app(scope, wire.receive, wire.send)
+            except Exception:
+                if wire.failed is None:
+                    raise
+            if wire.failed is not None:
+                raise wire.failed  # noqa: TRY301  # as above
         except Exception as error:
-            if wire.head is None and await self.answer(error, scope, wire):
-                return
-            if wire.failed is not None or wire.unit.phase is Phase.STREAM:
-                outer.failed = error  # P5: no middleware further out may end this body well
-            elif wire.head is not None:
-                wire.late = error  # P6: nor take what failed afterwards for done
-            raise
+            if not await self._is_answered(error, scope, wire, outer):
+                raise
         finally:
-            scope[SCOPE_KEY], outer.late = outer, wire.late or outer.late
+            scope[SCOPE_KEY] = outer
+            if wire.late is not None:
+                outer.late = wire.late
+
+    async def _is_answered(self, error: Exception, scope: Scope, wire: Wire, outer: Wire) -> bool:
+        if wire.head is None and await self.answer(error, scope, wire):
+            return True
+        if wire.failed is not None or wire.unit.phase is Phase.STREAM:
+            outer.failed = error  # P5: no middleware further out may end this body well
+        elif wire.head is not None:
+            wire.late = error  # P6: nor take what failed afterwards for done
+        return False

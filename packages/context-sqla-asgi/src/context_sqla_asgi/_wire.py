@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
-from context_sqla.adapters import Phase, Unit
+from context_sqla.adapters import NOTHING, Phase, Unit
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -52,22 +52,9 @@ class Wire:
         self.failed: Exception | None = None
         self.late: Exception | None = None
         self.body_read: bool = False
-        self._receive, self._send = receive, send
+        self._receive = receive
+        self._send = send
         self._left: float | None = None  # of the Content-Length, once it was asked for
-
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Run the application on this wire.
-
-        Raises:
-            Exception: the error that broke the response, whatever the application made of it on its way (P4), or its own.
-        """
-        try:
-            await app(scope, self.receive, self.send)
-        except Exception:
-            if self.failed is None:
-                raise
-        if self.failed is not None:
-            raise self.failed
 
     async def receive(self) -> Message:
         """Return the next message of the server; a client that has left ends an unfinished body (P5)."""
@@ -89,14 +76,20 @@ class Wire:
         if kind == "http.response.start" and self.head is None and message["status"] >= 200:
             if self.unit.phase is _HANDLER:
                 self.decides, self.failed = True, None
-                return self._send_after(self.unit.head(message["status"]), message)
+                step = self.unit.head(message["status"])
+                if step is not NOTHING:
+                    return self._send_after(step, message)
+                self.head = message
+                return self._send(message)
             # If the body broke before middleware lets its head pass, only an answer that admits it may still go (P5).
             if self.failed is None or message["status"] >= 400:
                 self.failed, self.head = None, message
         if self.failed is not None:
             raise self.failed
-        if self.decides and kind in _BODY and self._is_last(message):
-            return self._send_after(self.unit.end_of_body(), message)
+        if self.decides and kind in _BODY and (not message.get("more_body") or self._is_last(message)):
+            step = self.unit.end_of_body()
+            if step is not NOTHING:
+                return self._send_after(step, message)
         return self._send(message)
 
     async def _send_after(self, step: Awaitable[None], message: Message) -> None:
@@ -110,9 +103,7 @@ class Wire:
         await self._send(message)
 
     def _is_last(self, message: Message) -> bool:
-        """Return whether the response is complete with this message: by its mark, or by the declared length."""
-        if not message.get("more_body", False):
-            return True
+        """Return whether the response is complete with this message, although it has no mark: by the declared length."""
         if self._left is None:
             fields = self.head.get("headers", ()) if self.head is not None else ()
             lengths = [value for name, value in fields if name.lower() == b"content-length" and value.isdigit()]

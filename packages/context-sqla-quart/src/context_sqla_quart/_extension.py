@@ -98,7 +98,7 @@ class ContextSQLA:
         app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
         app.finalize_request = _deciding(app)
         app.add_background_task = _afterwards(app)
-        app.before_request_funcs[None].insert(0, _note_names)
+        app.preprocess_request = _noting(app.preprocess_request)
 
 
 class _Afterwards:
@@ -120,7 +120,9 @@ def _around(app: Quart, whole: Callable[..., Awaitable[None]]) -> Callable[..., 
     handlers = app.error_handler_spec[None][None]
 
     async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
-        if not any(cls in handlers for cls in _ANSWERED):  # late, for the application may add its own after setup
+        if UnavailableError not in handlers and not any(
+            cls in handlers for cls in _ANSWERED
+        ):  # late, for the application may add its own after setup
             handlers[UnavailableError] = _unavailable
         if scope["type"] != "http" or _AFTERWARDS in scope:
             await whole(scope, receive, send)
@@ -239,7 +241,12 @@ async def _run_all(jobs: list[Callable[[], Awaitable[Any]]]) -> None:
         await job()
 
 
-async def _note_names() -> None:
-    """Put the names of the path's parameters where the unit's label looks for them."""
-    if request.view_args:
-        _scope()["path_params"] = request.view_args
+def _noting(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Put the names of the path's parameters where the unit's label looks for them, before all hooks."""
+
+    def preprocess_request(*args: Any) -> Awaitable[Any]:
+        if request.view_args:
+            _scope()["path_params"] = request.view_args
+        return preprocess(*args)
+
+    return preprocess_request

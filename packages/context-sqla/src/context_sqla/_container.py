@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextvars import Token
 from enum import StrEnum
+from threading import get_ident
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -41,7 +43,6 @@ class Container:
     """
 
     # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
-    phase: Phase = HANDLER
     options: Mapping[str, Any] | None = None  # of every transaction of this unit
     committed: bool = False  # something of this unit can no longer be rolled back
     _ahead: dict[str, Slot] | None = None
@@ -54,15 +55,23 @@ class Container:
     joinable: bool = False  # opened by a test, for others to join
     joined: bool = False
     parent: "Container | None" = None
-    loop: asyncio.AbstractEventLoop | None = None
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
     def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
+        # What every request reads: CPython finds it at once only where the class has no default of the same name.
         self.policy: Policy = policy
         self.label: Callable[[], str] | None = label
+        self.phase: Phase = HANDLER
+        self.used: bool = False  # a session or a callback was asked for
         self.slots: dict[str, Slot] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None  # that of the first session
+        self.thread: int = get_ident()  # in which that loop runs: a loop of another thread is foreign
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
+        self._token: Token[Any] | None = None  # of the context variable
+        self._commits: bool = True  # the decision about the head holds for the body
+        self._left: bool = False  # the client has left, the body may still go on
+        self._ends_with: asyncio.Task[Any] | None = None
 
     def holds(self, context_key: str) -> bool:
         """Return whether a session of this connect is open in the unit."""
@@ -106,8 +115,9 @@ class Container:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
         if self.phase is CLOSED:
             raise _outlived(connect)
+        self.used = True
         running = running_loop()
-        if self.loop is None:
+        if self.loop is None and self.thread == get_ident():
             self.loop = running
         elif running is not None and running is not self.loop:
             what = "" if connect is None else f"{connect!r}: "

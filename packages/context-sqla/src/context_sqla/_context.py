@@ -11,7 +11,6 @@ TIMERS = Context()
 # F8: servers and clients that copy their context when they start never see a variable that a test sets later.
 test_units: list[Any] = []
 
-
 # What tests capture of the on-commit callbacks, and whether these run all the same.
 captures: list[tuple[list[Any], bool]] = []
 
@@ -21,11 +20,6 @@ def is_captured(callback: Any) -> bool:
     for captured, _ in captures:
         captured.append(callback)
     return not all(execute for _, execute in captures)
-
-
-def any_test_unit() -> bool:
-    """Return whether a test has opened a context to be joined (never, in production)."""
-    return bool(test_units)
 
 
 def test_unit() -> Any:

@@ -1,9 +1,11 @@
 """`db_session` and its family, and the life cycle by hand for those who write a middleware of their own."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import Token
+from threading import get_ident
 from typing import Any, Literal, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,6 +24,8 @@ from ._unit import Unit
 from .errors import ContextAlreadyInitiatedError, ContextNotInitiatedError, UnsupportedOptionError
 
 S = TypeVar("S", bound=AsyncSession)
+# Until Python 3.12 get_running_loop() asks the system for the process, each time. A thread runs one loop: two cheap questions.
+_ASKS_SYSTEM = sys.version_info < (3, 12)
 CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
 
 
@@ -41,7 +45,9 @@ async def db_session(connect: DBConnect[S]) -> S:
         raise _outside(connect)
     if unit.runs_ahead is None:
         slot = unit.slots.get(connect.context_key)
-        if slot is not None and unit.loop is asyncio.get_running_loop():
+        if slot is not None and (
+            unit.thread == get_ident() and unit.loop.is_running() if _ASKS_SYSTEM else unit.loop is asyncio.get_running_loop()
+        ):
             session: S = slot.session
             return session
     session = await unit.session(connect)

@@ -4,12 +4,25 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 logger = logging.getLogger("context_sqla")
+
+
+class Nothing:
+    """What has nothing to be waited for; cheaper than a coroutine that returns at once."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Be done."""
+        yield from ()
+
+
+NOTHING: Awaitable[None] = Nothing()
 
 _held: set[asyncio.Task[Any]] = set()
 

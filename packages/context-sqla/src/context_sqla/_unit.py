@@ -6,17 +6,19 @@ head of the response leaves, what the body writes before its last byte, and back
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import Any
 
 from . import _commit, _context
 from ._callbacks import Callback
 from ._connect import DBConnect
-from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container
+from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
+from ._context import current as _current
+from ._context import test_unit, test_units
 from ._policy import DEFAULT_POLICY, Policy
-from ._settle import hold, logger, running_loop, settle
+from ._settle import NOTHING, hold, logger, settle
 from ._slot import Slot
 from .errors import ContextSqlaError, ForeignLoopError, _outcome_of
 
@@ -31,14 +33,17 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
-    _token: Token[Any] | None = None
-    _commits: bool = True  # the decision about the head holds for the body
+    phase: Phase
+    slots: dict[str, Slot]
+    parent: Container | None
+    _left: bool
+    _token: Token[Any] | None
+    _commits: bool
+    _ends_with: "asyncio.Task[Any] | None"
     _ending: bool = False  # the final commit of the body has begun
-    _left: bool = False  # the client has left, the body may still go on
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
     _cleaning: "asyncio.Task[None] | None" = None
-    _ends_with: "asyncio.Task[Any] | None" = None
 
     @classmethod
     def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
@@ -55,19 +60,29 @@ class Unit(Container):
             ForeignLoopError: the test's context, which is to be joined, belongs to another event loop.
         """
         unit = cls(policy, label)
-        if _context.any_test_unit():
+        if test_units:
             unit._join()
-        unit.make_current()
+        unit._token = _current.set(unit)
         return unit
 
-    async def head(self, status: int) -> None:
+    def head(self, status: int) -> Awaitable[None]:
         """Commit or roll back before the head of a response leaves (P3, P4).
 
         Only the first decision counts. If the commit fails its error is raised, everything is rolled back, and the unit is
         ready for the answer of an error handler, whose own head decides again.
+
+        Returns:
+            what is to be awaited; `NOTHING` if there was nothing to wait for.
         """
         if self.phase is not HANDLER:
-            return
+            return NOTHING
+        if not self.used and self.policy.should_commit is None:
+            self._commits = status < 400
+            self.phase = STREAM
+            return NOTHING
+        return self._head(status)
+
+    async def _head(self, status: int) -> None:
         commits = self.policy.commits(status)
         if self.slots or self._on_commit or self._opening or self._waiting or self.borrowed:
             await self._decide(commits, keep=commits)
@@ -76,12 +91,22 @@ class Unit(Container):
         if self._ahead:
             self._merge_ahead()
 
-    async def end_of_body(self) -> None:
+    def end_of_body(self) -> Awaitable[None]:
         """Commit what the body has written, before its last byte leaves (P5).
 
+        Returns:
+            what is to be awaited; `NOTHING` if there was nothing to wait for.
+
         Raises:
-            Exception: that of the commit; the last byte must then not leave.
+            Exception: that of the commit, when awaited; the last byte must then not leave.
         """
+        if self.used or self._left:
+            return self._end_of_body()
+        if self.phase is STREAM:
+            self.phase = BACKGROUND
+        return NOTHING
+
+    async def _end_of_body(self) -> None:
         if self._broken is not None:
             raise self._broken  # whoever swallowed it the first time must not complete the response
         if self._left:
@@ -110,15 +135,26 @@ class Unit(Container):
             self.slots = {}
             self._cleaning = hold(_clean_up(doomed))
 
-    async def close(self, exc: BaseException | None = None) -> None:
+    def close(self, exc: BaseException | None = None) -> Awaitable[None]:
         """End the unit: commit background work that succeeded, roll everything else back, close all sessions (P6, P8).
 
         Args:
             exc: the exception that ended the request, which the caller goes on raising; errors in clean-up become its notes.
 
+        Returns:
+            what is to be awaited; `NOTHING` if there was nothing to wait for.
+
         Raises:
-            Exception: that of a commit of background work, unless `exc` was given.
+            Exception: that of a commit of background work, when awaited, unless `exc` was given.
         """
+        if self.phase is CLOSED:
+            return NOTHING
+        if self.used or exc is not None:
+            return self._end(exc)
+        self._leave()
+        return NOTHING
+
+    async def _end(self, exc: BaseException | None) -> None:
         if self.phase is CLOSED:
             return
         if exc is not None:
@@ -136,7 +172,8 @@ class Unit(Container):
             Exception: that of the commit; everything is then rolled back.
         """
         try:
-            await self._close(True, None)
+            if self.used:
+                await self._close(True, None)
         finally:
             self._leave()
 
@@ -158,8 +195,7 @@ class Unit(Container):
 
     def make_current(self) -> Token[Any]:
         """Let code from here on work in this unit."""
-        self.loop = running_loop()
-        self._token = token = _context.current.set(self)
+        self._token = token = _current.set(self)
         return token
 
     def leave(self) -> None:
@@ -192,7 +228,7 @@ class Unit(Container):
 
     async def take_place(self, connect: DBConnect[Any]) -> Any:
         """Return a place in the transaction of a test for a session that is no unit's, None where there is none (P12)."""
-        if _context.any_test_unit():
+        if test_units:
             self._join()
         turn = (self._test().turns or {}).get(connect.context_key) if self.joined else None
         return None if turn is None else await turn.take(self)
@@ -200,7 +236,7 @@ class Unit(Container):
     # Opening
 
     def _join(self) -> None:
-        test = _context.test_unit()
+        test = test_unit()
         if test.phase is CLOSED:
             return
         if test.loop is not asyncio.get_running_loop():
@@ -208,7 +244,7 @@ class Unit(Container):
                 "a test context is open, and this application runs in another event loop, where the test's connection cannot be "
                 "used: call it through httpx.ASGITransport(app) in the test's own loop, or test with real commits"
             )
-        here = _context.current.get()
+        here = _current.get()
         self.joined = True
         self.parent = here if here is not None and here.phase is not CLOSED and (here.joined or here.joinable) else test
 
@@ -310,19 +346,23 @@ class Unit(Container):
     def _leave(self) -> None:
         self.phase = CLOSED
         # A transport keeps the context in which it was opened, and so the unit, for the life of a pooled connection.
-        self._broken = self.label = self.runs_ahead = None
-        task, self._ends_with = self._ends_with, None
-        if task is not None:
-            task.remove_done_callback(self._close_after)
-        token, self._token = self._token, None
-        if token is not None:
-            with suppress(ValueError):  # closed from another context, whose variable was never this unit
-                _context.current.reset(token)
+        self.label = self.runs_ahead = None
+        if self.used:
+            self._broken = None
+        if self._ends_with is not None:
+            self._ends_with.remove_done_callback(self._close_after)
+            self._ends_with = None
+        if self._token is not None:
+            token, self._token = self._token, None
+            try:  # noqa: SIM105  # every request comes by, and `suppress` is three calls
+                _current.reset(token)
+            except ValueError:  # closed from another context, whose variable was never this unit
+                pass
 
     def _close_after(self, task: "asyncio.Task[Any]") -> None:
         exc: BaseException | None = asyncio.CancelledError() if task.cancelled() else task.exception()
         if self._has_work():
-            hold(self.close(exc))
+            hold(self._end(exc))
         else:
             self._leave()
 

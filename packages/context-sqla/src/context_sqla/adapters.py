@@ -19,6 +19,7 @@ response::
 Where the framework's end of a request is synchronous, `unit.close_with(task)` once after `enter` takes the place of `close`.
 What commits, what rolls back and how it is cleaned up is the unit's affair. Where the framework answers errors inside, so that
 `close` never sees them, `explain(error)` adds what the unit would have noted on them.
+Where the calls have nothing to wait for they return `NOTHING`, and an adapter need not await it.
 """
 
 import math
@@ -33,10 +34,12 @@ from ._connect import DBConnect
 from ._container import Phase
 from ._context import current
 from ._policy import BeforeCommitCallback, Policy
+from ._settle import NOTHING
 from ._unit import Unit
 from .errors import UnavailableError
 
 __all__ = [
+    "NOTHING",
     "AsyncSession",
     "BeforeCommitCallback",
     "Phase",
