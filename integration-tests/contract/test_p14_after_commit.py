@@ -206,7 +206,7 @@ async def test_callback_is_dropped_when_another_connect_fails(serve, db, other, 
 @pytest.mark.wire
 async def test_callback_of_a_body_runs_at_its_end(serve, db, log):
     """One that was registered in the body runs after the body's commit, before the last byte leaves (P5, P14)."""
-    reached, go_on = asyncio.Event(), asyncio.Event()
+    looked, reached, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def last():
         await log("body")()
@@ -215,6 +215,7 @@ async def test_callback_of_a_body_runs_at_its_end(serve, db, log):
 
     async def body():
         yield b"first"
+        await asyncio.wait_for(looked.wait(), 10)
         await insert(db, "b")
         on_commit(last)
         yield b"second"
@@ -229,6 +230,7 @@ async def test_callback_of_a_body_runs_at_its_end(serve, db, log):
         await connection.send("POST", "/")
         await connection.head()
         at_the_head = list(log.entries)
+        looked.set()
         rest = asyncio.create_task(connection.rest())
         await asyncio.wait_for(reached.wait(), 10)
         early = rest.done()
