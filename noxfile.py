@@ -194,7 +194,7 @@ def sqlalchemy_2_0(session: nox.Session) -> None:
     """Run the core's unit tests on the lowest SQLAlchemy, which is of the series before; adapters import none of it."""
     install(session, "test", packages=["context-sqla"])
     session.install("sqlalchemy[asyncio]==2.0.55")
-    session.run("pytest", "packages/context-sqla/tests", *session.posargs)
+    session.run("pytest", "packages/context-sqla/tests", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session(name="contract-sqlalchemy-2.0", tags=["nightly"])
@@ -209,7 +209,7 @@ def contract_sqlalchemy_2_0(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the tests of the example applications, and every code block of the documentation."""
     install(session, "test", "servers", "demo", packages=PACKAGES)
-    session.run("pytest", "examples", "docs", *session.posargs)
+    session.run("pytest", "examples", "docs", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session(tags=["ci"])
@@ -380,7 +380,8 @@ def built(session: nox.Session) -> Path:
 
 def run_unit_tests(session: nox.Session, *others: str) -> None:
     """Run the unit tests of all packages but the pytest plugin's, and others."""
-    session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES if name != PYTEST), *others, *session.posargs)
+    tests = [f"packages/{name}/tests" for name in PACKAGES if name != PYTEST]
+    session.run("pytest", *tests, *others, "--numprocesses=auto", *session.posargs)
 
 
 def run_benchmarks(session: nox.Session, name: str, *options: str) -> None:

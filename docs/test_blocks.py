@@ -31,7 +31,7 @@ ROOT = DOCS.parent
 READMES = [ROOT / "README.md", *ROOT.glob("packages/*/README.md")]  # those of the packages are what PyPI shows
 PAGES = sorted(page for page in [*DOCS.rglob("*.md"), *READMES] if page.parent.name != "changelog.d")
 
-FRAMEWORKS = sorted(path.parent.name for path in ROOT.glob("examples/*/app.py"))
+FRAMEWORKS = sorted(path.parent.name for path in ROOT.glob("examples/*/app.py") if path.parent.name != "primary_replica")
 HEADINGS = [
     "Set up",
     "Errors of the commit",
