@@ -209,7 +209,7 @@ def contract_sqlalchemy_2_0(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the tests of the example applications, and every code block of the documentation."""
     install(session, "test", "servers", "demo", packages=PACKAGES)
-    session.run("pytest", "examples", "docs", "--numprocesses=auto", *session.posargs)
+    session.run("pytest", "examples", "docs", "--numprocesses=auto", "--dist=loadfile", *session.posargs)
 
 
 @nox.session(tags=["ci"])
