@@ -1,12 +1,15 @@
 """What the application gives the core to call, and that misbehaves: it raises, returns nonsense, never returns, calls back."""
 
 import asyncio
+import contextvars
 import logging
 
 import pytest
+from anyio import from_thread, to_thread
 from context_sqla import (
     ContextClosedError,
     ContextSqlaError,
+    DBConnect,
     ForeignLoopError,
     UnavailableError,
     atomic_db_session,
@@ -19,6 +22,7 @@ from context_sqla import (
     new_non_ctx_session,
     on_commit,
     put_db_session_to_context,
+    reset_db_session_ctx,
     rollback_db_session,
     run_in_new_ctx,
 )
@@ -662,6 +666,48 @@ async def test_thread_that_was_given_a_session_cannot_use_it(db, base):
         await insert(db, "b")
 
     assert await base.ledger.names() == ["b"]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_session_that_was_put_where_no_loop_ran_belongs_to_the_first_loop(tmp_path, asks):
+    """A unit that was opened in synchronous code has no loop yet; asking for its session, or only using it, decides (P15)."""
+    db = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'app.db'}", name="db")
+
+    async def use(token, session):
+        if asks:
+            assert await db_session(db) is session
+        found = await session.scalar(text("SELECT 1"))
+        await reset_db_session_ctx(token)
+        await db.close()
+        return found
+
+    def script():
+        with asyncio.Runner() as runner:
+            session = runner.run(db.create_session())
+            token = init_db_session_ctx()
+            put_db_session_to_context(db, session)
+            return runner.run(use(token, session), context=contextvars.copy_context())
+
+    assert contextvars.copy_context().run(script) == 1
+
+
+async def test_unit_that_a_thread_opened_by_hand_runs_in_the_loop_that_the_thread_calls(db, base):
+    """A synchronous handler has no loop of its own: what it sends back to the server's loop is that one's (P15)."""
+
+    async def work():
+        await insert(db, "a")
+        await commit_db_session(db)
+
+    def handler():
+        token = init_db_session_ctx()
+        from_thread.run(work)
+        with pytest.raises(ForeignLoopError, match="'db'.*another event loop"):
+            asyncio.run(insert(db, "b"))
+        from_thread.run(reset_db_session_ctx, token)
+
+    await to_thread.run_sync(handler)
+
+    assert await base.ledger.names() == ["a"]
 
 
 # Connects in odd states

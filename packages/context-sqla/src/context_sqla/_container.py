@@ -66,7 +66,7 @@ class Container:
         self.used: bool = False  # a session or a callback was asked for
         self.slots: dict[str, Slot] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # that of the first session
-        self.thread: int = get_ident()  # in which that loop runs: a loop of another thread is foreign
+        self.thread: int | None = get_ident()  # in which that loop runs: a loop of another thread is foreign
         self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
         self._token: Token[Any] | None = None  # of the context variable
         self._commits: bool = True  # the decision about the head holds for the body
@@ -117,8 +117,8 @@ class Container:
             raise _outlived(connect)
         self.used = True
         running = running_loop()
-        if self.loop is None and self.thread == get_ident():
-            self.loop = running
+        if self.loop is None and running is not None and self.thread in (None, get_ident()):
+            self.loop, self.thread = running, get_ident()
         elif running is not None and running is not self.loop:
             what = "" if connect is None else f"{connect!r}: "
             raise ForeignLoopError(
@@ -174,9 +174,7 @@ class Container:
         key = connect.context_key
         try:
             if self.joined:
-                slot = await self._open_joined(connect)
-                if slot is not None:
-                    return slot
+                return await self._open_joined(connect)
             host = await connect._choose_host()
             self.check_open(connect)
             # Which sessions are whose may have changed meanwhile.
@@ -186,7 +184,7 @@ class Container:
             if self._opening is not None:
                 self._opening.pop(key, None)
 
-    async def _open_joined(self, connect: DBConnect[Any]) -> Slot | None:
+    async def _open_joined(self, connect: DBConnect[Any]) -> Slot:
         """Open a savepoint session in the test's transaction, or borrow the session that the test's unit has."""
         test = self._test()
         turn = (test.turns or {}).get(connect.context_key)

@@ -43,10 +43,10 @@ async def db_session(connect: DBConnect[S]) -> S:
     unit = current.get()
     if unit is None:
         raise _outside(connect)
-    if unit.runs_ahead is None:
+    if unit.runs_ahead is None and (loop := unit.loop) is not None:
         slot = unit.slots.get(connect.context_key)
         if slot is not None and (
-            unit.thread == get_ident() and unit.loop.is_running() if _ASKS_SYSTEM else unit.loop is asyncio.get_running_loop()
+            unit.thread == get_ident() and loop.is_running() if _ASKS_SYSTEM else loop is asyncio.get_running_loop()
         ):
             session: S = slot.session
             return session

@@ -361,9 +361,12 @@ class Slot:
 
     def began(self, connection: Connection) -> None:
         """Note the connection of a transaction that begins."""
-        if self.owner.loop is not running_loop():  # P15: a thread that was given the session; the connection is no loop's now
-            connection.invalidate()
-            self.owner.check_open(self.connect)
+        if self.owner.loop is not running_loop():
+            try:
+                self.owner.check_open(self.connect)  # one that was put where no loop ran belongs to the first
+            except ContextSqlaError:  # P15: a thread that was given the session; the connection is no loop's now
+                connection.invalidate()
+                raise
         self.lines.add(connection)
         seconds = self.connect.warn_held_after
         if seconds is not None and self._held is None:

@@ -18,7 +18,7 @@ from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
 from ._context import current as _current
 from ._context import test_unit, test_units
 from ._policy import DEFAULT_POLICY, Policy
-from ._settle import NOTHING, hold, logger, settle
+from ._settle import NOTHING, hold, logger, running_loop, settle
 from ._slot import Slot
 from .errors import ContextSqlaError, ForeignLoopError, _outcome_of
 
@@ -195,6 +195,7 @@ class Unit(Container):
 
     def make_current(self) -> Token[Any]:
         """Let code from here on work in this unit."""
+        self.thread = self.thread if running_loop() else None  # None: the loop that comes first is its own, in any thread
         self._token = token = _current.set(self)
         return token
 
