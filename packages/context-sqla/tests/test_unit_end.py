@@ -73,6 +73,40 @@ async def test_cancelled_commit_that_succeeds_runs_its_callbacks(db):
     assert await names(db) == ["a"]
 
 
+async def test_commit_that_was_cancelled_is_not_kept_until_its_limit(db):
+    """A storm of disconnects is no store of units: the limit of what goes on behind a cancelled task ends with it (P7)."""
+    committing = asyncio.Event()
+    go_on = asyncio.Event()
+    units = []
+
+    async def hold(session, host):
+        committing.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    async def request():
+        unit = Unit.enter()
+        units.append(weakref.ref(unit))
+        try:
+            await insert(db, "a")
+            await unit.head(200)
+        except asyncio.CancelledError as exc:
+            await unit.close(exc)
+            raise
+
+    db.committed.append(hold)
+    task = asyncio.create_task(request(), context=contextvars.Context())
+    await asyncio.wait_for(committing.wait(), 10)
+    task.cancel()
+    go_on.set()
+    await asyncio.wait((task,))
+    db.committed.clear()
+    assert task.cancelled()
+    del task
+    gc.collect()
+
+    assert [unit() for unit in units] == [None]
+
+
 async def test_child_that_writes_during_the_callbacks_is_refused(db):
     """What a child writes after the last commit would be lost: it is told so (P10)."""
     errors = []
