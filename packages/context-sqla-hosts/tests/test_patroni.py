@@ -167,11 +167,13 @@ async def test_the_members_are_asked_who_leads():
         (200, b"[]"),
         (200, {"timeline": "2", "database_system_identifier": "1"}),
         (200, {"timeline": 2}),
+        (200, {"timeline": 2, "database_system_identifier": "²"}),
+        (200, {"timeline": 2, "database_system_identifier": "7" * 5000}),
         (200, b"[" * 100_000),
         (200, b" " * 1_000_000),
         ("two hundred", {}),
     ],
-    ids=["no JSON", "a list", "text", "no cluster", "deep", "long", "no status"],
+    ids=["no JSON", "a list", "text", "no cluster", "no digits", "endless", "deep", "long", "no status"],
 )
 async def test_what_makes_no_sense_is_no_opinion(answer):
     """And it does not end the watch."""
@@ -215,13 +217,24 @@ async def test_the_members_of_a_cluster_are_found():
     assert Hosts(list(found), patroni=found).snapshot().primary is None
 
 
+@pytest.mark.parametrize("members", [None, 3, {"name": "m1"}, ["m1"]])
+async def test_members_that_make_no_sense_are_none(members):
+    """Whoever is asked next may know."""
+    async with rest() as one:
+        one.answers["/cluster"] = (200, {"members": members})
+        with pytest.raises(MonitorError, match="name the hosts yourself"):
+            await patroni_members(one.url)
+
+
 async def test_members_that_nobody_tells_are_an_error(unused_port):
     """What to do is in it."""
     with pytest.raises(MonitorError, match="name the hosts yourself"):
         await patroni_members(f"http://127.0.0.1:{unused_port}", timeout=1)
 
 
-@pytest.mark.parametrize("url", ["db1:8008", "http://", "ftp://db1", "http://me:hunter2@db1:8008"])
+@pytest.mark.parametrize(
+    "url", ["db1:8008", "http://", "ftp://db1", "http://db1:80080", "http://me:hunter2@db1:8008", "http://me:hunter2@db\u2100"]
+)
 def test_what_is_no_url_is_refused(url):
     """And not repeated, for it may have a password (P20)."""
     with pytest.raises(ValueError, match="http://host:8008") as caught:

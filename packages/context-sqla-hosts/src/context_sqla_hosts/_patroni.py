@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import random
+import re
 import ssl
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ logger = logging.getLogger("context_sqla.hosts")
 
 _LIMIT = 256 * 1024  # bytes of an answer
 _OK = 200
+_IDENTIFIER = re.compile("[0-9]{1,20}")
 _NO_ANSWER = (OSError, ValueError, IndexError, RecursionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
@@ -67,7 +69,7 @@ class Hint:
         status, body = answer
         self._claims.pop(host, None)
         timeline, identifier = body.get("timeline"), str(body.get("database_system_identifier", ""))
-        if status == _OK and isinstance(timeline, int) and identifier.isdigit():
+        if status == _OK and isinstance(timeline, int) and _IDENTIFIER.fullmatch(identifier):
             self._claims[host] = (Claim(timeline, int(identifier)), told.clock())
 
 
@@ -85,8 +87,8 @@ async def patroni_members(*urls: str, timeout: float = 2.0) -> dict[str, str]:
     """
     for url in map(_parse, urls):
         status, body = await _get(url, "/cluster", timeout) or (0, {})
-        found: dict[str, str] = {}
-        for member in body.get("members", ()) if status == _OK else ():
+        members, found = body.get("members"), dict[str, str]()
+        for member in members if status == _OK and isinstance(members, list) else ():
             with contextlib.suppress(KeyError, TypeError, ValueError):  # one that is only starting says less
                 at = urlsplit(str(member["api_url"]))
                 found[str(Address(str(member["host"]), int(member["port"])))] = f"{at.scheme}://{at.netloc}"
@@ -98,10 +100,11 @@ async def patroni_members(*urls: str, timeout: float = 2.0) -> dict[str, str]:
 
 
 def _parse(url: str) -> SplitResult:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise ValueError("a URL of Patroni's REST interface is 'http://host:8008', without a password: nothing asked needs one")
-    return parts
+    with contextlib.suppress(ValueError):  # its text may have the password
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0:
+            return parts
+    raise ValueError("a URL of Patroni's REST interface is 'http://host:8008', without a password: nothing asked needs one")
 
 
 async def _get(url: SplitResult, path: str, timeout: float) -> tuple[int, dict[str, Any]] | None:

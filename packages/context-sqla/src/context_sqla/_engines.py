@@ -223,8 +223,7 @@ def _listen_to_connections(engine: Engine) -> None:
 
 def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, options: Any) -> None:
     """Note a statement that is on its way: aiosqlite makes its cursor in a thread; no commit may overtake it (P7a)."""
-    line = conn.info.get(KEY)
-    if line is not None:
+    if (line := conn.info.get(KEY)) is not None:
         line.running[getcurrent()] = getcurrent()
 
 
