@@ -1,8 +1,10 @@
 """The monitor: its life, who waits for it, who is told, and what it counts."""
 
 import asyncio
+import gc
 import logging
 import os
+import weakref
 
 import pytest
 from context_sqla import DriverError
@@ -209,6 +211,25 @@ async def test_a_forked_process_does_not_watch(hosts):
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert hosts.primary_now() == "a:5432"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_a_forked_process_does_not_watch_what_nobody_keeps_either(unused_port):
+    """The tasks keep what watches; an application may only have subscribed, and let the monitor itself go."""
+    hosts = Hosts([f"127.0.0.1:{unused_port}"], driver="asyncpg")
+    hosts.start()
+    watch, monitor = hosts._watch, weakref.ref(hosts)
+    del hosts
+    gc.collect()
+    assert monitor() is None
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if watch.loop is None and not watch.pollers else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    await watch.stop()
+
+    assert status == 0
 
 
 def refused(reason):

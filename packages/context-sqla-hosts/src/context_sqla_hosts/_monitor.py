@@ -111,7 +111,7 @@ class Hosts:
         pace = {"interval": interval, "timeout": timeout, "jitter": jitter, "stale_after": self.stale_after}
         self._watch = Watch(tracker, **pace)
         self.metrics: Metrics = self._watch.metrics
-        _all.add(self)
+        _all.add(self._watch)
 
     def __repr__(self) -> str:
         return repr(self._watch)
@@ -363,12 +363,12 @@ def _is_ready(snapshot: Snapshot, primary: bool, replicas: int) -> bool:
     return snapshot.decided and there >= replicas and (snapshot.primary is not None or not primary)
 
 
-_all: WeakSet[Hosts] = WeakSet()
+_all: WeakSet[Watch] = WeakSet()  # what the tasks keep, though nobody may keep `Hosts`
 
 
 def _forget_all() -> None:
-    for hosts in list(_all):
-        hosts._watch.forget()
+    for watch in list(_all):
+        watch.forget()
 
 
 if hasattr(os, "register_at_fork"):
