@@ -272,6 +272,8 @@ def put_db_session_to_context(connect: DBConnect[S], session: S) -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        ContextSqlaError: the unit has one already.
+        TypeError: it is no `AsyncSession`.
     """
     _unit(connect).put(connect, session)
 
