@@ -209,6 +209,40 @@ async def test_context_that_outlives_its_request_keeps_nothing_of_it(db):
     assert kept
 
 
+@pytest.mark.parametrize("ends", ["failed", "given up"])
+async def test_context_that_outlives_its_request_keeps_no_callback(db, ends):
+    """What a callback that never ran knows of the request is let go as well, and what cleaned up is no cycle."""
+
+    class Request:
+        """What a callback reads."""
+
+    async def respond():
+        request = Request()
+        unit = Unit.enter()
+        await insert(db, "a")
+        if ends == "given up":
+            await unit.head(200)
+            await insert(db, "b")
+        on_commit(lambda: request)
+        on_commit(lambda: request, connect=second)
+        if ends == "given up":
+            unit.disconnected()
+        kept = contextvars.copy_context()
+        await unit.close(ZeroDivisionError())
+        return kept, weakref.ref(request), weakref.ref(unit)
+
+    second = DBConnect.from_url("sqlite+aiosqlite://", name="second")
+    gc.disable()
+    try:
+        kept, request, unit = await asyncio.create_task(respond())
+        assert request() is None
+        await asyncio.sleep(0)
+        del kept
+        assert unit() is None
+    finally:
+        gc.enable()
+
+
 async def test_unit_that_nobody_has_closed_ends_with_its_task(db):
     """`close_with` takes the place of `close`; the end of the connect waits for it."""
 

@@ -349,7 +349,7 @@ class Unit(Container):
         # A transport keeps the context in which it was opened, and so the unit, for the life of a pooled connection.
         self.label = self.runs_ahead = None
         if self.used:
-            self._broken = None
+            self._broken = self._cleaning = self._on_commit = self._waiting = self._producers = None
         if self._ends_with is not None:
             self._ends_with.remove_done_callback(self._close_after)
             self._ends_with = None
