@@ -41,6 +41,7 @@ class Place(Protocol):
 
     def is_taken(self) -> bool:
         """Return whether a unit inside this one has the connection now."""
+        ...
 
     async def clear(self) -> None:
         """Evict the units inside this one."""
@@ -343,8 +344,7 @@ class Slot:
 
     async def run_due(self) -> None:
         """Run what was waiting for this commit; errors are logged and change nothing."""
-        announce, self._committed = self._committed, False
-        due, self._due = self._due, []
+        announce, due, self._committed, self._due = self._committed, self._due, False, []
         if announce:
             for hook in tuple(self.connect.committed):
                 try:
@@ -362,11 +362,9 @@ class Slot:
     def began(self, connection: Connection) -> None:
         """Note the connection of a transaction that begins."""
         if self.owner.loop is not running_loop():
-            try:
-                self.owner.check_open(self.connect)  # one that was put where no loop ran belongs to the first
-            except ContextSqlaError:  # P15: a thread that was given the session; the connection is no loop's now
+            if self.owner.loop is not None:  # P15: a thread that was given the session; the connection is no loop's now
                 connection.invalidate()
-                raise
+            self.owner.check_open(self.connect)  # a unit whose session was put where no loop ran is the first loop's
         self.lines.add(connection)
         seconds = self.connect.warn_held_after
         if seconds is not None and self._held is None:
