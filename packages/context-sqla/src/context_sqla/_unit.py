@@ -33,8 +33,11 @@ class Unit(Container):
         label: returns what log lines call this unit, such as "POST /users"; called late.
     """
 
+    label: Callable[[], str] | None
     phase: Phase
     slots: dict[str, Slot]
+    thread: int | None
+    runs_ahead: Callable[[], bool] | None
     parent: Container | None
     _left: bool
     _token: Token[Any] | None
@@ -147,11 +150,10 @@ class Unit(Container):
         Raises:
             Exception: that of a commit of background work, when awaited, unless `exc` was given.
         """
-        if self.phase is CLOSED:
-            return NOTHING
-        if self.used or exc is not None:
-            return self._end(exc)
-        self._leave()
+        if self.phase is not CLOSED:
+            if self.used or exc is not None:
+                return self._end(exc)
+            self._leave()
         return NOTHING
 
     async def _end(self, exc: BaseException | None) -> None:
