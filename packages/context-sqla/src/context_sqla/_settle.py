@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from ._context import TIMERS
+
 T = TypeVar("T")
 logger = logging.getLogger("context_sqla")
 
@@ -83,7 +85,8 @@ async def _wait(task: asyncio.Task[Any], patience: float | None) -> asyncio.Canc
 
 def _limit(task: asyncio.Task[Any], patience: float | None) -> None:
     if patience is not None:
-        task.get_loop().call_later(patience, task.cancel)
+        limit = task.get_loop().call_later(patience, task.cancel, context=TIMERS)
+        task.add_done_callback(lambda _: limit.cancel())
 
 
 def _shielded() -> AbstractContextManager[Any]:
