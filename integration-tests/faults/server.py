@@ -180,6 +180,7 @@ class Server:
 
         A transport keeps the context in which it was opened, and there some frameworks keep their request, with its error and
         the sessions in the error's traceback: that is as much as there are connections in the pools, and does not grow.
+        When the server has stopped the pools are closed, and there is nothing left that could keep any.
         """
         pooled = sum(engine.sync_engine.pool.checkedin() for engine in self.engines)  # type: ignore[attr-defined]
         counts = Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, _SHORT_LIVED))
