@@ -1,12 +1,9 @@
 """Which unit of work a piece of code belongs to: the context variable, and the marked context of a test (P12)."""
 
-from contextvars import Context, ContextVar
+from contextvars import ContextVar
 from typing import Any
 
 current: ContextVar[Any] = ContextVar("context_sqla_unit", default=None)
-
-# A timer that was cancelled stays in the loop's heap until its time comes: it must not keep a request's context, and its unit.
-TIMERS = Context()
 
 # F8: servers and clients that copy their context when they start never see a variable that a test sets later.
 test_units: list[Any] = []

@@ -9,9 +9,8 @@ from weakref import WeakSet, finalize
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from ._context import TIMERS
 from ._engines import Watch, watch
-from ._settle import hold, logger, running_loop
+from ._settle import TIMERS, hold, logger, running_loop
 
 
 class Grace(Protocol):

@@ -6,12 +6,14 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
+from contextvars import Context
 from typing import Any, TypeVar
-
-from ._context import TIMERS
 
 T = TypeVar("T")
 logger = logging.getLogger("context_sqla")
+
+# A timer that was cancelled stays in the loop's heap until its time comes: it must not keep a request's context, and its unit.
+TIMERS = Context()
 
 
 class Nothing:

@@ -11,13 +11,12 @@ from sqlalchemy.util import await_only
 
 from ._callbacks import Callback, Callbacks, awaited
 from ._connect import DBConnect
-from ._context import TIMERS
 from ._drivers import leaves_doubt
 from ._engines import KEY
 from ._lines import Lines, Prepared
 from ._policy import BeforeCommitCallback, Policy
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
-from ._settle import logger, running_loop, settle
+from ._settle import TIMERS, logger, running_loop, settle
 from .errors import ContextClosedError, ContextSqlaError, SessionBusyError, _outcome_of
 
 
