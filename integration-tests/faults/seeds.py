@@ -16,4 +16,5 @@ CASES = (
     Case("starlette", 1, 5, "pooled connections kept the request during which they were opened, with its errors and sessions"),
     Case("sanic", 1, 5, "a commit that failed behind a raised redirect did not reach the application's exception handlers"),
     Case("asgi", 214, 8, "a prepared transaction that was left behind, decided to be committed, was not in doubt"),
+    Case("sanic", 4, 3, "a timer kept a cancelled request for as long as its commit might have taken, when that was long over"),
 )

@@ -34,8 +34,12 @@ from .kits import Kit, context_sqla_kit
 
 #: What belongs to a request.
 _SHORT_LIVED = (Unit, AsyncSession, Session, AsyncConnection)
-#: hypercorn 0.18 keeps a connection, without a request, when its client has vanished behind a pipelined request.
-_HYPERCORNS = {"EventWrapper.wait", "TCPServer._idle_timeout", "worker_serve.<locals>._server_callback"}
+#: What servers leave behind by themselves, without a request. hypercorn 0.18 keeps a connection when its client has vanished behind
+#: a pipelined request; Sanic 25 waits for a websocket's handler to fetch the next message, also when the handler has ended.
+_SERVERS_OWN = {
+    *("EventWrapper.wait", "TCPServer._idle_timeout", "worker_serve.<locals>._server_callback"),
+    "WebsocketImplProtocol.async_data_received",
+}
 _POOL = {"pool_size": 5, "max_overflow": 2, "pool_timeout": 2}
 
 
@@ -163,7 +167,7 @@ class Server:
             problems.append(f"{out} connections are checked out")
         here = asyncio.current_task()
         others = asyncio.all_tasks() - self.tasks_at_rest - self.helpers
-        if tasks := [task for task in others if task is not here and _name(task) not in _HYPERCORNS]:
+        if tasks := [task for task in others if task is not here and _name(task) not in _SERVERS_OWN]:
             problems.append(f"tasks are left: {', '.join(sorted(map(_name, tasks)))}")
         if is_context_initiated():
             problems.append("the context variable is set")
@@ -176,6 +180,7 @@ class Server:
 
         A transport keeps the context in which it was opened, and there some frameworks keep their request, with its error and
         the sessions in the error's traceback: that is as much as there are connections in the pools, and does not grow.
+        When the server has stopped the pools are closed, and there is nothing left that could keep any.
         """
         pooled = sum(engine.sync_engine.pool.checkedin() for engine in self.engines)  # type: ignore[attr-defined]
         counts = Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, _SHORT_LIVED))

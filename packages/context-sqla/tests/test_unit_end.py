@@ -243,6 +243,73 @@ async def test_context_that_outlives_its_request_keeps_no_callback(db, ends):
         gc.enable()
 
 
+class Request:
+    """What a framework keeps in a context variable of its own, for as long as the context lives."""
+
+
+request_of: contextvars.ContextVar[Request] = contextvars.ContextVar("request_of")
+
+
+def request_in_context():
+    request = Request()
+    request_of.set(request)
+    return weakref.ref(request)
+
+
+async def test_cancelled_request_is_not_kept_by_the_limit_of_its_end(db):
+    """Commit and callbacks of a cancelled request are bounded in time: what bounds them ends with them, and holds nothing (P7)."""
+    at_work = asyncio.Event()
+    go_on = asyncio.Event()
+    kept = []
+
+    async def hold():
+        at_work.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    async def work():
+        kept.append(request_in_context())
+        async with db_context():
+            await insert(db, "a")
+            on_commit(hold)
+
+    task = asyncio.create_task(work())
+    await asyncio.wait_for(at_work.wait(), 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    del task
+    await asyncio.sleep(0)  # what woke this task up holds the other
+    gc.collect()
+
+    assert [request() for request in kept] == [None]
+    assert await names(db) == ["a"]
+
+
+async def test_search_for_unused_hosts_keeps_no_request(tmp_path):
+    """A request that changes the host begins the search, which comes again and again: not with that request (P13)."""
+    db = DBConnect(
+        lambda host: create_async_engine(f"sqlite+aiosqlite:///{tmp_path / host}"), async_sessionmaker, "one", name="db"
+    )
+    kept = []
+
+    async def work():
+        kept.append(request_in_context())
+        for host in ("one", "two", "one"):
+            await db.change_host(host)
+            async with db_context():
+                await (await db_session(db)).execute(text("SELECT 1"))
+
+    await asyncio.create_task(work())
+    await asyncio.sleep(0)  # what woke this task up holds the other
+    gc.collect()
+    still_there = [request() for request in kept]
+    await db.close()
+
+    assert still_there == [None]
+
+
 async def test_unit_that_nobody_has_closed_ends_with_its_task(db):
     """`close_with` takes the place of `close`; the end of the connect waits for it."""
 

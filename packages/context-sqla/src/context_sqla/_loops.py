@@ -10,7 +10,7 @@ from weakref import WeakSet, finalize
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ._engines import Watch, watch
-from ._settle import hold, logger, running_loop
+from ._settle import TIMERS, hold, logger, running_loop
 
 
 class Grace(Protocol):
@@ -109,7 +109,7 @@ class LoopState:
     def sweep_later(self, connect: Grace) -> None:
         """Look, after the grace, for hosts that are no longer in use."""
         if self._sweep is None and len(self.members) > 1:
-            self._sweep = self.loop.call_later(max(connect.idle_host_grace, 0.02), self._swept, connect)
+            self._sweep = self.loop.call_later(max(connect.idle_host_grace, 0.02), self._swept, connect, context=TIMERS)
 
     def _swept(self, connect: Grace) -> None:
         self._sweep = None

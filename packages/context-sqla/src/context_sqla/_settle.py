@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 logger = logging.getLogger("context_sqla")
+
 # A timer that was cancelled stays in the loop's heap until its time comes: it must not keep a request's context, and its unit.
 TIMERS = Context()
 
