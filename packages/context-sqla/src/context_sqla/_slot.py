@@ -41,6 +41,7 @@ class Place(Protocol):
 
     def is_taken(self) -> bool:
         """Return whether a unit inside this one has the connection now."""
+        ...
 
     async def clear(self) -> None:
         """Evict the units inside this one."""
