@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -93,7 +93,7 @@ _LINKS = {name: f"{site}{page}#{name}" for site, pages in _ELSEWHERE.items() for
 _KINDS = {"added": "Added", "changed": "Changed", "deprecated": "Deprecated", "removed": "Removed", "fixed": "Fixed"}
 
 
-class Diagram(Directive):
+class Diagram(SphinxDirective):
     """Show a diagram of `diagrams.py`, drawn in the page so that it has the colours of light and dark; its body describes it."""
 
     required_arguments = 1
@@ -101,6 +101,7 @@ class Diagram(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Return the drawing, and its description for formats without drawings."""
+        self.env.note_dependency(diagrams.__file__)
         svg = diagrams.draw(self.arguments[0], " ".join(self.content))
         return [nodes.raw("", f'<figure class="diagram">{svg}</figure>', format="html")]
 
@@ -130,7 +131,10 @@ def read_included(app: Sphinx, path: Path, parent: str, source: list[str]) -> No
     """Prepare a page of the repository that a page of the documentation includes."""
     real = (DOCS / path).resolve()
     if real.suffix == ".md":
-        news = not_released() if real.name == "CHANGELOG.md" else ""
+        news = ""
+        if real.name == "CHANGELOG.md":
+            news = not_released()
+            app.env.note_reread()  # fragments come and go
         source[0] = for_the_site(source[0], real, included=True) + news
 
 

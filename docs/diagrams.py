@@ -9,7 +9,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-WIDTH = 440
+WIDTH = 372  # what a phone shows without making words smaller
 LINE = 18
 
 
@@ -63,41 +63,40 @@ class Drawing:
 
 def engine_and_sessions(sheet: Drawing) -> None:
     """Draw a connect, its engines and pools, and the units that use them."""
-    sheet.box(130, 8, 180, 48, "box strong")
-    sheet.words(220, 28, "DBConnect", "code")
-    sheet.words(220, 46, "one per database and role", "note")
-    for left, host, state in ((6, "db1", "the current host"), (226, "db2", "the host before")):
-        sheet.arrow(220, 56, left + 104, 91)
-        sheet.box(left, 94, 208, 116)
-        sheet.words(left + 104, 116, f"engine for {host}")
-        sheet.words(left + 104, 134, "one per host and event loop", "note")
-        sheet.words(left + 104, 152, state, "note")
+    sheet.box(86, 8, 200, 48, "box strong")
+    sheet.words(186, 28, "DBConnect", "code")
+    sheet.words(186, 46, "one per database and role", "note")
+    for left, host, state in ((3, "db1", "the current host"), (191, "db2", "the host before")):
+        sheet.arrow(186, 56, left + 89, 91)
+        sheet.box(left, 94, 178, 134)
+        sheet.words(left + 89, 116, f"engine for {host}")
+        sheet.words(left + 89, 134, f"one per host\nand event loop\n{state}", "note")
         for number in range(4):
             used = host == "db1" and number == 1
-            sheet.box(left + 14 + number * 46, 166, 40, 28, "connection used" if used else "connection")
+            sheet.box(left + 13 + number * 39, 186, 34, 28, "connection used" if used else "connection")
     units = (
-        (6, "POST /users", "has sent\na statement"),
-        (154, "GET /users", "has asked\nfor a session"),
-        (302, "GET /health", "asked for nothing,\nopened nothing"),
+        (3, "POST /users", "has sent\na statement"),
+        (127, "GET /users", "has asked\nfor a session"),
+        (251, "GET /health", "has asked for\nnothing"),
     )
     for left, label, state in units:
-        sheet.box(left, 246, 132, 120, "box unit")
-        sheet.words(left + (58 if label.startswith("POST") else 66), 266, label, "code")  # beside the arrow
+        sheet.box(left, 264, 118, 120, "box unit")
+        sheet.words(left + (51 if label.startswith("POST") else 59), 284, label, "code")  # beside the arrow
         if "nothing" not in state:
-            sheet.box(left + 10, 278, 112, 30, "box session")
-            sheet.words(left + 66, 298, "AsyncSession", "code")
-        sheet.words(left + 66, 332, state, "note")
-    sheet.arrow(118, 278, 92, 197, "strong")
-    sheet.words(220, 392, "three units of work; a connection is held from\nthe first statement to the commit", "note")
+            sheet.box(left + 7, 296, 104, 30, "box session")
+            sheet.words(left + 59, 316, "AsyncSession", "code")
+        sheet.words(left + 59, 350, state, "note")
+    sheet.arrow(113, 296, 73, 217, "strong")
+    sheet.words(186, 410, "three units of work; a connection is held\nfrom the first statement to the commit", "note")
 
 
 def life_of_a_request(sheet: Drawing) -> None:
     """Draw who says what to whom, from the request to the end of background work."""
-    client, adapter, code, database = 40, 146, 280, 396
+    client, adapter, code, database = 38, 132, 232, 333
     steps: list[tuple[int, int, str, str]] = [
         (client, adapter, "POST /users", ""),
         (adapter, adapter, "Unit.enter()", ""),
-        (adapter, code, "the endpoint runs", ""),
+        (adapter, code, "endpoint runs", ""),
         (code, code, "db_session(db)", ""),
         (code, database, "BEGIN, INSERT", ""),
         (code, adapter, "response 201", ""),
@@ -115,7 +114,7 @@ def life_of_a_request(sheet: Drawing) -> None:
     y = 62
     for x, name in ((client, "client"), (adapter, "adapter"), (code, "your code"), (database, "database")):
         sheet.line(x, 36, x, y + 32 * len(steps) - 12)
-        sheet.box(x - 38, 8, 76, 28)
+        sheet.box(x - 37, 8, 74, 28)
         sheet.words(x, 27, name)
     for one, other, text, kind in steps:
         if one == other:
@@ -124,37 +123,37 @@ def life_of_a_request(sheet: Drawing) -> None:
             sheet.words((one + other) // 2, y, text, "small")
             sheet.arrow(one, y + 7, other, y + 7, kind)
         y += 32
-    sheet.words(220, y + 12, "If the commit at head() fails, your exception handler\nanswers, and its status decides.", "note")
+    sheet.words(186, y + 12, "If the commit at head() fails, your exception\nhandler answers, and its status decides.", "note")
 
 
 def phases_of_a_unit(sheet: Drawing) -> None:
     """Draw the phases of a unit and what leads from one to the next."""
     phases = (
         ("handler", "the endpoint runs", "box strong"),
-        ("stream", "the head is out, the body goes on", "box"),
-        ("background", "the last byte is out, tasks run", "box"),
-        ("closed", "nothing begins here any more", "box"),
+        ("stream", "the head is out,\nthe body goes on", "box"),
+        ("background", "the last byte is out,\ntasks run", "box"),
+        ("closed", "nothing begins\nhere any more", "box"),
     )
     calls = (
         ("head(status)", "commits below 400,\nrolls back otherwise"),
-        ("end_of_body()", "commits what the body wrote,\nbefore the last byte"),
-        ("close()", "commits what the tasks wrote,\ncloses the sessions"),
+        ("end_of_body()", "commits the body's writes\nbefore the last byte"),
+        ("close()", "commits the tasks' writes,\ncloses the sessions"),
     )
     for number, (name, what, kind) in enumerate(phases):
         y = 8 + number * 124
-        sheet.box(60, y, 120, 44, kind)
-        sheet.words(120, y + 27, name, "code")
-        sheet.words(194, y + 27, what, "", "start")
+        sheet.box(64, y, 106, 44, kind)
+        sheet.words(117, y + 27, name, "code")
+        sheet.words(182, y + (18 if "\n" in what else 27), what, "", "start")
     for number, (call, effect) in enumerate(calls):
         y = 52 + number * 124
-        sheet.arrow(120, y, 120, y + 78, "strong")
-        sheet.words(194, y + 24, call, "code", "start")
-        sheet.words(194, y + 42, effect, "note", "start")
-    sheet.path("M60,20 H28 V42 H56", "dashed")
-    sheet.words(6, 74, "commit failed:\nrolled back,\nonce more", "note", "start")
-    sheet.path("M60,154 H28 V278 H56", "dashed")
-    sheet.words(6, 320, "disconnected():\nrolled back", "note", "start")
-    sheet.words(6, 452, "An exception leads from any phase to closed, and rolls back.", "note", "start")
+        sheet.arrow(117, y, 117, y + 78, "strong")
+        sheet.words(182, y + 28, call, "code", "start")
+        sheet.words(182, y + 46, effect, "note", "start")
+    sheet.path("M64,20 H34 V42 H60", "dashed")
+    sheet.words(3, 74, "commit failed:\nrolled back,\nonce more", "note", "start")
+    sheet.path("M64,154 H34 V278 H60", "dashed")
+    sheet.words(3, 322, "disconnected():\nrolled back", "note", "start")
+    sheet.words(3, 450, "An exception leads from any phase\nto closed, and rolls back.", "note", "start")
 
 
 DIAGRAMS: dict[str, Callable[[Drawing], None]] = {

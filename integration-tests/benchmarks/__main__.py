@@ -18,7 +18,7 @@ from . import counts, pages
 from .workloads import WORKLOADS, Effort, Report
 
 _LIBRARIES = (
-    "sqlalchemy", "asyncpg", "starlette", "fastapi", "litestar", "quart", "aiohttp", "sanic",
+    "sqlalchemy", "asyncpg", "starlette", "fastapi", "litestar", "quart", "falcon", "aiohttp", "sanic",
     "context-async-sqlalchemy", "advanced-alchemy", "fastapi-async-sqlalchemy", "fastapi-sqla", "aiohttp-sqlalchemy",
 )  # fmt: skip
 

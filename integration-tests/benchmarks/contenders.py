@@ -415,6 +415,49 @@ def quart_no_op(engine: AsyncEngine, work: Work | None) -> Any:
     return app
 
 
+# --------------------------------------------------------------------------------------------------------------------- Falcon
+
+
+def _falcon(use: Callable[[], Awaitable[None]] | None = None) -> Any:
+    import falcon.asgi
+
+    class Resource:
+        async def on_get(self, req: Any, resp: Any) -> None:
+            if use is not None:
+                await use()
+            resp.text = "ok"
+
+    app: Any = falcon.asgi.App()
+    app.add_route("/", Resource())
+    return app
+
+
+def falcon_bare(engine: AsyncEngine, work: Work | None) -> Any:
+    """Falcon alone."""
+    return _falcon()
+
+
+def falcon_ours(engine: AsyncEngine, work: Work | None) -> Any:
+    """`setup`."""
+    from context_sqla_falcon import setup
+
+    app = _falcon(using(engine, work) if work is not None else None)
+    setup(app)
+    return app
+
+
+def falcon_no_op(engine: AsyncEngine, work: Work | None) -> Any:
+    """A middleware that does nothing after the responder."""
+
+    class PassOn:
+        async def process_response(self, req: Any, resp: Any, resource: Any, req_succeeded: bool) -> None:
+            return None
+
+    app = _falcon()
+    app.add_middleware(PassOn())
+    return app
+
+
 # -------------------------------------------------------------------------------------------------------------------- aiohttp
 
 
@@ -588,6 +631,11 @@ NO_DB: Mapping[str, Mapping[str, tuple[Make, str | None]]] = {
         BARE: (quart_bare, None),
         OURS: (quart_ours, None),
         "a function that does nothing": (quart_no_op, None),
+    },
+    "falcon": {
+        BARE: (falcon_bare, None),
+        OURS: (falcon_ours, None),
+        "a middleware that does nothing": (falcon_no_op, None),
     },
     "aiohttp": {
         BARE: (aiohttp_bare, None),

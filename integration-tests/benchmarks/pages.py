@@ -24,16 +24,17 @@ _HEAD = """# Benchmarks
 
 <!-- Made by `nox -s bench-page` from the results of `nox -s bench`; changed there, not here. -->
 
-{machine}
+{begin}
+
+Run it yourself: `nox -s bench`; [the folder of the benchmarks]({source}) tells how.
+"""
+_TIMES = """{machine}
 
 All contenders of a table run in one process and take turns, in many short rounds, and each round begins with another one.
 A ratio is that of the same round, to the first line of the table; the figures are medians, with the quartiles in brackets.
 The absolute times are those of this machine; the ratios are what carries over.
-No sockets are involved: a request is given to the application as its server would, so that the servers' own time hides nothing.
-
-Run it yourself: `nox -s bench`; [the folder of the benchmarks]({source}) tells how.
-"""
-_NOTHING = "No times stand here yet, only what does not vary with the machine."
+No sockets are involved: a request is given to the application as its server would, so that the servers' own time hides nothing."""
+_NOTHING = "What a request costs, counted: calls and memory, which do not vary with the machine as times do."
 _COUNTS = """What the suite's own functions do in one request, on each framework.
 Calls: how often one of them is entered or resumed, and calls something.
 Pieces of memory: what they have allocated and still hold while the endpoint runs.
@@ -56,7 +57,8 @@ def write(files: Sequence[Path]) -> None:
 
 def page(*data: dict[str, Any]) -> str:
     """Return the page."""
-    parts = [_HEAD.format(machine="\n".join(map(_machine, data)) or _NOTHING, source=_SOURCE)]
+    begin = _TIMES.format(machine="\n".join(map(_machine, data))) if data else _NOTHING
+    parts = [_HEAD.format(begin=begin, source=_SOURCE)]
     for key, report in _reports(data):
         parts.append(f"## {report['title'][0].upper()}{report['title'][1:]}\n\nGoal: {report['goal']}.\n")
         parts += [_figure(key, report), _table(report), _honest(report)] if report["results"] else []

@@ -102,6 +102,7 @@ _NO_DB_GOALS = {
     "fastapi": "adds at most 4 us",
     "litestar": "at most 1.20",
     "quart": "at most 1.03",
+    "falcon": "adds at most 4 us",
     "aiohttp": "at most 1.08",
     "sanic": "at most 1.08",
 }

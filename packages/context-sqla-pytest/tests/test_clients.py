@@ -23,6 +23,7 @@ class Row:
         make: makes the application.
         use: uses it.
         shares: whether it runs the application in the loop of the test.
+        plain: whether it cannot be called in an event loop, so that only tests without one have it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     make: str
     use: str
     shares: bool = True
+    plain: bool = False
 
 
 HTTPX = """
@@ -107,6 +109,30 @@ async def create():
 QUART_CLIENT = """
 status = (await app.test_client().post("/users")).status_code
 """
+FALCON = """
+import falcon.asgi
+from context_sqla_falcon import setup
+
+class Users:
+    async def on_post(self, req, resp):
+        await add("a")
+        resp.status = falcon.HTTP_201
+
+app = falcon.asgi.App()
+app.add_route("/users", Users())
+setup(app)
+"""
+FALCON_CLIENT = """
+from falcon.testing import ASGIConductor
+
+async with ASGIConductor(app) as conductor:
+    status = (await conductor.simulate_post("/users")).status_code
+"""
+FALCON_TEST_CLIENT = """
+from falcon.testing import TestClient
+
+status = TestClient(app).simulate_post("/users").status_code
+"""
 AIOHTTP = """
 from aiohttp import web
 from context_sqla_aiohttp import setup
@@ -155,6 +181,9 @@ ROWS = [
     Row("httpx.ASGITransport, Litestar", ("context_sqla_litestar",), LITESTAR, HTTPX),
     Row("AsyncTestClient, Litestar", ("context_sqla_litestar",), LITESTAR, LITESTAR_CLIENT, shares=False),
     Row("test_client(), Quart", ("context_sqla_quart",), QUART, QUART_CLIENT),
+    Row("httpx.ASGITransport, Falcon", ("context_sqla_falcon",), FALCON, HTTPX),
+    Row("ASGIConductor, Falcon", ("context_sqla_falcon",), FALCON, FALCON_CLIENT),
+    Row("TestClient, Falcon", ("context_sqla_falcon",), FALCON, FALCON_TEST_CLIENT, shares=False, plain=True),
     Row("TestClient, aiohttp", ("context_sqla_aiohttp",), AIOHTTP, AIOHTTP_CLIENT),
     Row("asgi_client, Sanic", ("context_sqla_sanic", "sanic_testing"), SANIC, SANIC_CLIENT),
 ]
@@ -187,11 +216,16 @@ async def add(name):
 
 
 def source_of(row, mode):
-    """Two tests: each finds an empty table, sends a request and sees its row."""
-    return (
+    """Two tests: each finds an empty table, sends a request and sees its row; without a session, the name is unique."""
+    begin = (
         f"import httpx\nimport pytest\nfrom application import *\n{row.make}\n"
         f"@pytest.mark.context_sqla({mode!r})\n"
         "@pytest.mark.parametrize('number', [1, 2])\n"
+    )
+    if row.plain:
+        return f"{begin}def test_it(number):\n{textwrap.indent(row.use, '    ')}\n    assert status == 201\n"
+    return (
+        f"{begin}"
         "async def test_it(context_sqla_session, number):\n"
         "    assert await context_sqla_session.scalar(select(User.name)) is None\n"
         "    await context_sqla_session.rollback()\n"
@@ -222,6 +256,9 @@ def test_shared_transaction(project, row):
 
     if row.shares:
         result.assert_outcomes(passed=2)
+    elif row.plain:
+        result.assert_outcomes(errors=2)
+        result.stdout.fnmatch_lines(["*make it 'async def', or test with real commits*"])
     else:
         result.assert_outcomes(failed=2)
         result.stdout.fnmatch_lines(
