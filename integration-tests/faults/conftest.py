@@ -1,5 +1,6 @@
 """The rounds of the test command: on which frameworks, and the table at the end."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,15 @@ from contract.drivers import FRAMEWORKS
 
 from .report import Result, table
 
-_results = pytest.StashKey[list[Result]]()
+_PROPERTY = "faults"
+_results: list[Result] = []
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_results] = []
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Gather what the tests have reported, wherever they ran: properties of a test travel from a worker of xdist."""
+    if report.when == "call":
+        sent = [str(value) for name, value in report.user_properties if name == _PROPERTY]
+        _results.extend(pickle.loads(bytes.fromhex(one)) for one in sent)  # noqa: S301  # by ourselves
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,11 +28,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(name="report")
 def _report(request: pytest.FixtureRequest) -> Callable[[Result], None]:
     """Put a run into the table."""
-    return request.config.stash[_results].append
+    return lambda result: request.node.user_properties.append((_PROPERTY, pickle.dumps(result).hex()))
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if results := config.stash[_results]:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _results:
         terminalreporter.section("what clients saw, held against the rows")
-        for line in table(results).splitlines():
+        for line in table(_results).splitlines():
             terminalreporter.write_line(line)
