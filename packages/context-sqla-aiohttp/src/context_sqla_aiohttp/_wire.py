@@ -11,7 +11,6 @@ from context_sqla.adapters import NOTHING, Phase, Unit, hidden_unit
 from context_sqla.errors import ContextSqlaError
 
 _KEY = "_context_sqla_wire"
-_SWITCHING = 101
 
 
 def wire_of(request: web.Request) -> "Wire | None":
@@ -108,7 +107,7 @@ class Wire:
             self.failed = error
             self._reset()
             raise
-        if status == _SWITCHING:
+        if status == 101:
             await self._become_websocket()
         self.failed = None
         await self._write_headers(status_line, *args, **kwargs)

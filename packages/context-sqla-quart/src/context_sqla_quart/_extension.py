@@ -18,7 +18,7 @@ from quart.wrappers.response import IterableBody
 _EXTENSION = "context_sqla"
 _AFTERWARDS = "context_sqla.afterwards"
 # A handler for one of these is the application's own answer; one for every Exception is not.
-_ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
+_ANSWERED = {cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)}
 
 
 def setup(
@@ -68,8 +68,7 @@ class ContextSQLA:
         before_commit: BeforeCommitCallback | None = None,
     ) -> None:
         self._connects = check_connects(*connects)
-        self._should_commit = should_commit
-        self._before_commit = before_commit
+        self._options: Any = {"should_commit": should_commit, "before_commit": before_commit}
         if app is not None:
             self.init_app(app)
 
@@ -92,8 +91,7 @@ class ContextSQLA:
         app.extensions[_EXTENSION] = self
 
     def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
-        options: Any = {"should_commit": self._should_commit, "before_commit": self._before_commit}
-        whole = setup_asgi(app.asgi_app, *self._connects, *connects, **options)
+        whole = setup_asgi(app.asgi_app, *self._connects, *connects, **self._options)
         app.asgi_app = _around(app, whole)
         app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
         app.finalize_request = _deciding(app)
@@ -120,9 +118,8 @@ def _around(app: Quart, whole: Callable[..., Awaitable[None]]) -> Callable[..., 
     handlers = app.error_handler_spec[None][None]
 
     async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
-        if UnavailableError not in handlers and not any(
-            cls in handlers for cls in _ANSWERED
-        ):  # late, for the application may add its own after setup
+        # Late, for the application may add its own after setup.
+        if UnavailableError not in handlers and not handlers.keys() & _ANSWERED:
             handlers[UnavailableError] = _unavailable
         if scope["type"] != "http" or _AFTERWARDS in scope:
             await whole(scope, receive, send)
@@ -177,8 +174,7 @@ class _Whole(ASGIHTTPConnection):
 
 async def _unavailable(error: UnavailableError) -> tuple[str, int, dict[str, str]]:
     """Answer 503 with `Retry-After`: the default handler of `UnavailableError`."""
-    headers = {"Retry-After": retry_after_header(error), "Content-Type": "text/plain; charset=utf-8"}
-    return "Service Unavailable", 503, headers
+    return "Service Unavailable", 503, {"Retry-After": retry_after_header(error), "Content-Type": "text/plain; charset=utf-8"}
 
 
 def _scope() -> Any:
@@ -224,12 +220,11 @@ def _afterwards(app: Any) -> Callable[..., None]:
     add = app.add_background_task
 
     def add_background_task(func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        job = partial(app.ensure_async(func), *args, **kwargs)
         afterwards: _Afterwards | None = _scope().get(_AFTERWARDS) if has_request_context() else None
         if afterwards is None or afterwards.over.is_set():
             afterwards = _Afterwards()
             afterwards.over.set()
-        afterwards.jobs.append(job)
+        afterwards.jobs.append(partial(app.ensure_async(func), *args, **kwargs))
         if len(afterwards.jobs) == 1:
             add(afterwards.run)
 

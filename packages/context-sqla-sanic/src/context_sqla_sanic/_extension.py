@@ -8,18 +8,8 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, ClassVar, TypeAlias, cast
 
-from context_sqla import DBConnect
-from context_sqla.adapters import (
-    BeforeCommitCallback,
-    Phase,
-    Policy,
-    Unit,
-    check_connects,
-    close_connects,
-    explain,
-    hidden_unit,
-    retry_after_header,
-)
+from context_sqla import DBConnect, adapters
+from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, hidden_unit
 from context_sqla.errors import ContextSqlaError, ForeignLoopError, SetupError, UnavailableError
 from sanic import Request, Sanic
 from sanic.http import Stage
@@ -57,7 +47,7 @@ def setup(
         SetupError: the application has started, or is set up already.
         TypeError: one of the connects is no `DBConnect`.
     """
-    check_connects(*connects)
+    adapters.check_connects(*connects)
     base = app.request_class or Request
     if app.state.is_started:
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
@@ -138,7 +128,7 @@ class UnitRequest(Request[Any, Any]):
     async def fail(self, error: BaseException) -> None:
         """Prepare for the answer to an exception, or break off a body that has begun."""
         self.show()
-        explain(error)
+        adapters.explain(error)
         self._answers = error
         unit, stream = self.unit, self.stream
         if unit is not None and unit.phase is not Phase.HANDLER:
@@ -216,8 +206,8 @@ async def _answer_unavailable(app: "Sanic[Any, Any]") -> None:
 
 async def _unavailable(request: Request[Any, Any], exc: UnavailableError) -> HTTPResponse:
     """Answer 503 with `Retry-After`: the default handler of `UnavailableError`."""
-    return text("Service Unavailable", 503, {"retry-after": retry_after_header(exc)})
+    return text("Service Unavailable", 503, {"retry-after": adapters.retry_after_header(exc)})
 
 
 async def _close(connects: tuple[DBConnect[Any], ...], app: "Sanic[Any, Any]") -> None:
-    await close_connects(*connects)
+    await adapters.close_connects(*connects)
