@@ -7,28 +7,39 @@ from typing import Any
 _REQUEST = {"type": "http.request", "body": b"", "more_body": False}
 
 
-def _receiver() -> Callable[[], Awaitable[dict[str, Any]]]:
-    messages = [_REQUEST]
+class _Client:
+    """One that asks, stays until the answer is complete, and leaves then, as servers tell it: Quart 0.23 waits for that."""
 
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await asyncio.get_running_loop().create_future()  # a client that stays
-        raise AssertionError
+    __slots__ = ("_asked", "_left", "_waiter", "statuses")
 
-    return receive
+    def __init__(self, statuses: list[int]) -> None:
+        self.statuses = statuses
+        self._asked = self._left = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return _REQUEST
+        if not self._left:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.statuses.append(message["status"])
+        elif not message.get("more_body", False):
+            self._left = True
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
 
 
 def asgi(app: Any, *, path: str = "/", query: bytes = b"", check: bool = True) -> Callable[[int], Awaitable[None]]:
     """Drive an ASGI application; its lifespan is not run."""
 
     async def run(count: int) -> None:
-        statuses = []
-
-        async def send(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                statuses.append(message["status"])
-
+        statuses: list[int] = []
         for _ in range(count):
             scope = {
                 "type": "http",
@@ -46,7 +57,8 @@ def asgi(app: Any, *, path: str = "/", query: bytes = b"", check: bool = True) -
                 "state": {},
                 "extensions": {},
             }
-            await app(scope, _receiver(), send)
+            client = _Client(statuses)
+            await app(scope, client.receive, client.send)
         if check and (len(statuses) != count or set(statuses) != {200}):
             raise AssertionError(f"{len(statuses)} answers to {count} requests: {sorted(set(statuses))}")
 
