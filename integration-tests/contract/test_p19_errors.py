@@ -327,7 +327,6 @@ async def _asynchronous_rule(status):
     return status < 400
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 @pytest.mark.parametrize(
     ("rule", "status"),
     [(_rule_that_raises, 200), (lambda status: None, 200), (_asynchronous_rule, 404)],

@@ -310,7 +310,6 @@ async def test_token_of_another_task_ends_nothing_here():
 
 
 @pytest.mark.parametrize("answer", [None, asyncio.sleep])
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 async def test_rule_without_an_answer_decides_nothing(answer):
     """None would lose what a good answer has written, and a coroutine is as good as True, for every error (P3)."""
     unit = Unit.enter(Policy(should_commit=lambda status: answer and answer(0)))

@@ -32,6 +32,7 @@ class Policy:
         if self.should_commit is not None:
             commits: Any = self.should_commit(status)
             if commits is None or inspect.isawaitable(commits):  # the one would lose all writes, the other keep those of errors
+                getattr(commits, "close", bool)()  # a coroutine that nobody awaits would be complained of later, anywhere
                 raise TypeError(f"should_commit({status}) must return True or False, not {type(commits).__name__}")
             return bool(commits)
         return status < 400
