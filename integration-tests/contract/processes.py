@@ -76,6 +76,9 @@ _THE_TEST: Mapping[str, Sequence[str]] = {
         "test_p13_host_switch::test_handler_that_returns_none_means_the_current_host",
         "test_p19_errors::test_setup_after_the_start_is_refused",
     ),
+    "two servers use one connect, and what a test shares is kept the same with the workers of one server": (
+        "test_p19_errors::test_two_applications_share_a_connect",
+    ),
 }
 
 WORKERS: Mapping[str, Workers] = {test: workers for (workers, _), tests in _ONE_WORKER.items() for test in tests}
