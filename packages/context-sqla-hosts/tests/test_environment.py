@@ -83,7 +83,7 @@ def test_ours_win():
         "HOSTS": "a,b", "USER": "u", "PASSWORD": "p", "DATABASE": "d", "PORT": "6", "DRIVER": "psycopg", "INTERVAL": "0.5",
         "TIMEOUT": "0.2", "MAX_FAILS": "1", "SPLIT_BRAIN": "refuse", "REQUIRE_TIMELINE_EVIDENCE": "true", "MAX_LAG_MS": "7",
         "MAX_LAG_BYTES": "8", "LOCALITY": "x", "LOCALITIES": "x,y", "GEO": "n", "GEOS": "n,n", "LISTEN": "*:1",
-        "LOG_LEVEL": "debug", "LOG_FORMAT": "text",
+        "LOG_LEVEL": "debug", "LOG_FORMAT": "text", "PATRONI": "http://a:8008, http://b:8008",
     }  # fmt: skip
     named = {f"CONTEXT_SQLA_HOSTS_{name}": value for name, value in ours.items()}
     settings = read(**named, pg_status__sync_max_lag_ms="1", pg_status__current_dc="z", pg_status__pg_user="z")
@@ -92,6 +92,7 @@ def test_ours_win():
     assert settings.options == {
         "user": "u", "password": "p", "database": "d", "driver": "psycopg", "interval": 0.5, "timeout": 0.2, "max_fails": 1,
         "split_brain": "refuse", "require_timeline_evidence": True, "locality": "x", "localities": {"a:6": "x", "b:6": "y"},
+        "patroni": {"a:6": "http://a:8008", "b:6": "http://b:8008"},
     }  # fmt: skip
     assert (settings.max_lag_ms, settings.max_lag_bytes, settings.listen) == (7, 8, "*:1")
     assert read_environment({"CONTEXT_SQLA_HOSTS_HOSTS": "a"}).options == {
@@ -149,6 +150,7 @@ def test_a_password_file_is_read_for_each_connection(tmp_path):
         ({"pg_status__log_level": "hunter2"}, "pg_status__log_level"),
         ({"CONTEXT_SQLA_HOSTS_INTERVAL": "hunter2"}, "CONTEXT_SQLA_HOSTS_INTERVAL"),
         ({"CONTEXT_SQLA_HOSTS_SPLIT_BRAIN": "hunter2"}, "CONTEXT_SQLA_HOSTS_SPLIT_BRAIN"),
+        ({"CONTEXT_SQLA_HOSTS_PATRONI": "http://hunter2:8008"}, "CONTEXT_SQLA_HOSTS_PATRONI"),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named(variables, named):

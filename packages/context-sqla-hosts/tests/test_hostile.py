@@ -163,6 +163,7 @@ VARIABLES = [
     for name in (
         "HOSTS", "PORT", "USER", "DATABASE", "DRIVER", "INTERVAL", "TIMEOUT", "MAX_FAILS", "SPLIT_BRAIN", "MAX_LAG_MS", "MAX_LAG_BYTES",
         "LOCALITY", "LOCALITIES", "GEO", "GEOS", "LISTEN", "LOG_LEVEL", "LOG_FORMAT", "REQUIRE_TIMELINE_EVIDENCE", "PASSWORD",
+        "PATRONI",
     )
 ] + [
     "pg_status__" + name

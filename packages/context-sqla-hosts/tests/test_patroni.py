@@ -160,6 +160,25 @@ async def test_the_members_are_asked_who_leads():
     assert set(one.requests) == {"/primary"}
 
 
+async def test_a_member_that_is_silent_is_logged_once(caplog):
+    """And once more when it answers again: not at every question, and not as if it followed."""
+    async with rest() as one, rest() as two:
+        one.leads()
+        two.silent = True
+        with caplog.at_level("WARNING", logger="context_sqla.hosts"):
+            async with asking({"a:5432": one.url, "b:5432": two.url}) as told:
+                for _ in range(3):
+                    await asyncio.wait_for(told.said.get(), 10)
+                assert caplog.messages == ["Patroni does not answer for these: b:5432"]
+                two.silent = False
+                two.follows()
+                async with asyncio.timeout(10):
+                    while len(caplog.messages) < 2:
+                        await told.said.get()
+
+    assert caplog.messages[1:] == ["Patroni does not answer for these: none any more"]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

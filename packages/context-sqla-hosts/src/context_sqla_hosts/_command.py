@@ -40,6 +40,7 @@ _OPTIONS = {
     "max_lag_bytes": "MAX_LAG_BYTES",
     "locality": "LOCALITY",
     "localities": "LOCALITIES",
+    "patroni": "PATRONI",
     "listen": "LISTEN",
     "log_level": "LOG_LEVEL",
     "log_format": "LOG_FORMAT",
@@ -130,6 +131,7 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument("--max-lag-bytes", metavar="BYTES", help="the same; default 1000000")
     common.add_argument("--locality", metavar="NAME", help="where this is: replicas of the same place are preferred")
     common.add_argument("--localities", metavar="NAMES", help="where the hosts are, one name for each")
+    common.add_argument("--patroni", metavar="URLS", help="of Patroni's REST interfaces, one for each host: a second opinion")
     return common
 
 

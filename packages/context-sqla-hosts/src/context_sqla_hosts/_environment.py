@@ -53,6 +53,10 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
         options |= {"locality": current, "localities": places}
     elif places := reader.places("dc", hosts):
         options["localities"] = places
+    if urls := [url.strip() for url in (reader.text("PATRONI") or "").split(",") if url.strip()]:
+        if len(urls) != len(hosts):
+            raise ValueError(f"{_OURS}PATRONI has one URL for each host, in their order")
+        options["patroni"] = dict(zip(hosts, urls, strict=True))
     return Settings(
         hosts=tuple(hosts),
         options=options,

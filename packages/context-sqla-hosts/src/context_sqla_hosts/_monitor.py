@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ssl import SSLContext
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Final, Self, TypedDict, Unpack
 from weakref import WeakSet
 
 from ._address import Address, Driver, Login, parse_host, parse_url
@@ -97,10 +97,10 @@ class Hosts:
             raise ValueError(
                 "interval, timeout and stale_after must be above 0, max_fails at least 1, jitter at least 0 and below 1"
             )
-        self.interval: float = interval
-        self.timeout: float = timeout
-        self.jitter: float = jitter
-        self.stale_after: float = 3 * interval + timeout if stale_after is None else stale_after
+        self.interval: Final[float] = interval
+        self.timeout: Final[float] = timeout
+        self.jitter: Final[float] = jitter
+        self.stale_after: Final[float] = 3 * interval + timeout if stale_after is None else stale_after
         self.locality: str | None = locality
         self._port = port
         self._addresses = _addresses(hosts, port)

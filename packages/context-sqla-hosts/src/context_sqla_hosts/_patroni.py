@@ -51,26 +51,31 @@ class Hint:
         self._claims: dict[str, tuple[Claim, float]] = {}
 
     async def run(self, told: Told) -> None:
-        """Ask for ever. Whatever goes wrong is no opinion."""
+        """Ask for ever. Whatever goes wrong is no opinion; who gives none is logged."""
+        silent: list[str] = []
         while True:
-            before = set(self._claims)
-            await asyncio.gather(*(self._ask(host, url, told) for host, url in self._members.items()))
+            before, silent_before = set(self._claims), silent
+            answered = await asyncio.gather(*(self._ask(host, url, told) for host, url in self._members.items()))
+            silent = [host for host, answers in zip(self._members, answered, strict=True) if not answers]
+            if silent != silent_before:
+                logger.warning("Patroni does not answer for these: %s", ", ".join(silent) or "none any more")
             if before != set(self._claims):
                 logger.info("Patroni says that these lead: %s", ", ".join(self._claims) or "none")
             told.advised({host: claim for host, (claim, _) in self._claims.items()})
             await asyncio.sleep(told.interval * random.uniform(1 - told.jitter, 1 + told.jitter))  # noqa: S311  # no secret
 
-    async def _ask(self, host: str, url: SplitResult, told: Told) -> None:
+    async def _ask(self, host: str, url: SplitResult, told: Told) -> bool:
         answer = await _get(url, "/primary", told.timeout)
         if answer is None:  # what it said last holds for a while: a leader that is dead had a lower timeline than the next one
             if host in self._claims and told.clock() - self._claims[host][1] > told.stale_after:
                 del self._claims[host]
-            return
+            return False
         status, body = answer
         self._claims.pop(host, None)
         timeline, identifier = body.get("timeline"), str(body.get("database_system_identifier", ""))
         if status == _OK and isinstance(timeline, int) and _IDENTIFIER.fullmatch(identifier):
             self._claims[host] = (Claim(timeline, int(identifier)), told.clock())
+        return True
 
 
 async def patroni_members(*urls: str, timeout: float = 2.0) -> dict[str, str]:
