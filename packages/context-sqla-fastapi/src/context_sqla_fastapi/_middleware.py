@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from context_sqla import DBConnect
@@ -84,13 +84,23 @@ async def fastapi_http_db_session_middleware(
 
 def _watch(unit: Unit, scope: Scope) -> None:
     """Tell the unit of generators that run beside the request: FastAPI starts those of event streams before the head (P5)."""
-    unit.runs_ahead = partial(_runs_ahead, scope, asyncio.current_task())
+    unit.runs_ahead = partial(_runs_ahead, unit, scope, asyncio.current_task())
 
 
-def _runs_ahead(scope: Scope, task: "asyncio.Task[Any] | None") -> bool:
-    return asyncio.current_task() is not task and _is_generator(scope.get("endpoint"))
+def _runs_ahead(unit: Unit, scope: Scope, task: "asyncio.Task[Any] | None") -> bool:
+    endpoint = scope.get("endpoint")
+    try:
+        is_generator = _is_generator(endpoint)
+    except TypeError:  # an object that cannot be hashed
+        is_generator = _is_generator.__wrapped__(endpoint)
+    if is_generator:
+        return asyncio.current_task() is not task
+    if "route" in scope:  # its endpoint is known, and no other one will follow: nobody needs to ask again
+        unit.runs_ahead = None
+    return False
 
 
+@lru_cache(maxsize=1024)
 def _is_generator(endpoint: Any) -> bool:
     if endpoint is None:
         return False
