@@ -176,6 +176,7 @@ async def test_task_that_serves_many_requests_keeps_none_of_their_units(db):
             await unit.close()
             units.append(weakref.ref(unit))
         del unit
+        await asyncio.sleep(0)  # the loop calls back for the task of the last commit, which is done
         gc.collect()
         return [ref() for ref in units]
 

@@ -62,32 +62,42 @@ async def roll_back(slots: Sequence[Slot], cause: BaseException | None = None) -
 async def end(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
     """Close every session for good; what is still open on it is rolled back (P8, P10)."""
     refuse(slots)
-    if any(slot.open for slot in slots):
+    errors: list[tuple[Slot, Exception]] = []
+    working = [slot for slot in slots if slot.open]
+    for slot in slots if not working else ():
+        try:
+            slot.end_at_rest()
+        except Exception as exc:  # noqa: BLE001
+            errors.append((slot, exc))
+    if working:
         errors = await settle(lambda: _each(slots, Slot.end), again=True)
-    else:
-        errors = await _each(slots, Slot.end)  # nothing is awaited in it
-    _report(errors, cause, "closing")
+    if errors:
+        _report(errors, cause, "closing")
 
 
 def refuse(slots: Sequence[Slot]) -> None:
     """Let these sessions take nothing any more: their unit has ended (P10)."""
     for slot in slots:
-        if slot.ended is None:
-            slot.refuse(f"{slot.connect!r}: this session's unit of work has ended; {REMEDY}")
+        if not slot.ended:
+            slot.refuse(f"this session's unit of work has ended; {REMEDY}")
 
 
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
-        await _free(slot)
+        if not slot.at_rest:
+            await _free(slot)
     for slot in slots:
-        await slot.flush()
+        if slot.dirty:
+            await slot.flush()
     for slot in committing:
-        if not slot.hooked:
+        if slot.has_hooks and not slot.hooked:
             await slot.ask_hooks()
             await slot.flush()
+        slot.hooked = True
     for slot in slots:
-        await slot.check()
+        if slot.failed:
+            await slot.check()
 
 
 async def _free(slot: Slot) -> None:
@@ -111,11 +121,14 @@ async def _commit_all(slots: Sequence[Slot], done: list[Slot]) -> None:
     try:
         for slot in two_phase:
             await _prepare_two_phase(slot)
-        for slot in (slot for slot in slots if slot not in two_phase):
-            await _free(slot)  # a child may have begun a commit by hand meanwhile
-            await slot.commit()
-            done.append(slot)
-        await _commit_prepared(two_phase, done)
+        for slot in slots:
+            if slot not in two_phase:
+                if not slot.at_rest:
+                    await _free(slot)  # a child may have begun a commit by hand meanwhile
+                await slot.commit()
+                done.append(slot)
+        if two_phase:
+            await _commit_prepared(two_phase, done)
     except BaseException as exc:
         _tell(exc, slots, done)
         raise

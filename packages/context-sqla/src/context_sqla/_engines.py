@@ -43,6 +43,13 @@ class Line:
                 self.failure = self.failure or "an error that an event listener replaced"
         return bool(self.running)
 
+    def failed(self, error: BaseException) -> bool:
+        """Note that a statement has failed in this transaction, and return whether it was cancelled."""
+        cancelled = isinstance(error, asyncio.CancelledError)
+        self.failure = self.failure or type(error).__name__
+        self.cancelled = self.cancelled or cancelled
+        return cancelled
+
     def restart(self) -> None:
         """Forget what happened in the transaction that ended."""
         self.failure = None
@@ -195,13 +202,7 @@ def watch(engine: AsyncEngine) -> Watch:
 
 def line_of(connection: Connection) -> Line | None:
     """Return the state of a connection, None once it is closed, lost, or where its engine is not watched."""
-    if connection.closed or connection.invalidated:
-        return None
-    try:
-        line: Line | None = connection.info.get(KEY)
-    except NotImplementedError:  # the connection on which SQLAlchemy gets to know the database is none of the pool's yet
-        return None
-    return line
+    return None if connection.closed or connection.invalidated else _noted(connection)
 
 
 def _listen_to_connections(engine: Engine) -> None:
@@ -211,14 +212,16 @@ def _listen_to_connections(engine: Engine) -> None:
         return _failed(context, survives)
 
     event.listen(engine, "handle_error", handle_error)
-    for name, listener in (
-        ("before_cursor_execute", _before),
-        ("after_cursor_execute", _after),
-        ("begin", _begin),
-        ("commit", _commit),
-        ("rollback_savepoint", _rollback_savepoint),
+    # No events of the engine: SQLAlchemy would join them to those of each connection, in each transaction anew.
+    for name, noting in (
+        ("do_execute", _executing),
+        ("do_executemany", _executing),
+        ("do_execute_no_params", _executing),
+        ("do_begin", _beginning),
+        ("do_commit", _committing),
+        ("do_rollback_to_savepoint", _rolling_back),
     ):
-        event.listen(engine, name, listener)
+        setattr(engine.dialect, name, noting(getattr(engine.dialect, name)))
 
 
 def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, options: Any) -> None:
@@ -227,35 +230,63 @@ def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, opti
         line.running[getcurrent()] = getcurrent()
 
 
-def _before(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-    line = conn.info.get(KEY)
-    if line is not None:
-        line.running.pop(getcurrent(), None)
-        line.running[context] = getcurrent()
-        if context is not None and context.execution_options.get("stream_results"):
+def _executing(execute: Callable[..., None]) -> Callable[..., None]:
+    def executing(*args: Any) -> None:
+        context = args[-1]
+        line = None if context is None else _noted(context.root_connection)
+        if line is None:
+            execute(*args)
+            return
+        here = getcurrent()
+        line.running.pop(here, None)
+        line.running[context] = here
+        if context.execution_options.get("stream_results"):
             line.cursor = True
+        try:
+            execute(*args)
+        except BaseException as error:  # noted here, for listeners may keep it from us
+            line.failed(error)
+            raise
+        finally:
+            line.running.pop(context, None)
+
+    return executing
 
 
-def _after(conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-    line = conn.info.get(KEY)
-    if line is not None:
-        line.running.pop(context, None)
+def _beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
+    def beginning(connection: Any) -> None:
+        if (line := _noted(connection)) is not None:
+            line.restart()
+        begin(connection)
+
+    return beginning
 
 
-def _begin(conn: Connection) -> None:
-    if (line := line_of(conn)) is not None:
-        line.restart()
+def _committing(commit: Callable[[Any], None]) -> Callable[[Any], None]:
+    def committing(connection: Any) -> None:
+        if (line := _noted(connection)) is not None:
+            line.committing = not _drivers.is_closed(line.driver)
+        commit(connection)
+
+    return committing
 
 
-def _commit(conn: Connection) -> None:
-    if (line := line_of(conn)) is not None:
-        line.committing = not _drivers.is_closed(line.driver)
+def _rolling_back(roll_back: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+    def rolling_back(connection: Any, name: str) -> None:
+        if (line := _noted(connection)) is not None:
+            line.failure = None
+            line.cancelled = False
+        roll_back(connection, name)
+
+    return rolling_back
 
 
-def _rollback_savepoint(conn: Connection, name: str, context: Any) -> None:
-    if (line := line_of(conn)) is not None:
-        line.failure = None
-        line.cancelled = False
+def _noted(connection: Any) -> Line | None:
+    try:
+        line: Line | None = connection.info.get(KEY)
+    except NotImplementedError:  # the connection on which SQLAlchemy gets to know the database is none of the pool's yet
+        return None
+    return line
 
 
 def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
@@ -273,10 +304,7 @@ def _failed(context: ExceptionContext, survives: bool) -> Exception | None:
         return None
     if context.statement is None and context.execution_context is None:
         return None  # BEGIN, COMMIT or ROLLBACK itself
-    original = context.original_exception
-    cancelled = isinstance(original, asyncio.CancelledError)
-    line.failure = line.failure or type(original).__name__
-    line.cancelled = line.cancelled or cancelled
+    cancelled = line.failed(context.original_exception)
     if line.ended is not None:
         return None if cancelled else ContextClosedError(line.ended)
     if cancelled and survives and _drivers.will_roll_back(line.driver):

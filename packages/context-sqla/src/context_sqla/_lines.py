@@ -44,7 +44,17 @@ class Lines:
 
     def are_running(self) -> bool:
         """Return whether a statement is running on one of them."""
-        return any(line.is_running() or _drivers.is_locked(line.driver) for _, line in self._all)
+        for _, line in self._all:  # each commit asks, several times
+            if (line.running and line.is_running()) or _drivers.is_locked(line.driver):
+                return True
+        return False
+
+    def have_cursors(self) -> bool:
+        """Return whether a server-side cursor was opened on one of them."""
+        for _, line in self._all:  # noqa: SIM110
+            if line.cursor:
+                return True
+        return False
 
     async def are_fetching(self, timeout: float) -> bool:
         """Return whether rows of a server-side cursor are on their way; one that does not answer in time is cut."""

@@ -20,15 +20,22 @@ class Refusal:
     """What a session carries whose unit has ended (P10).
 
     Args:
-        message: what everybody is told who uses the session.
+        connect: whose session it is.
+        reason: what everybody is told who uses the session.
         session: the session.
         limit: seconds for closing it once more.
     """
 
-    def __init__(self, message: str, session: AsyncSession, limit: float) -> None:
-        self.message = message
+    def __init__(self, connect: object, reason: str, session: AsyncSession, limit: float) -> None:
+        self._connect = connect
+        self._reason = reason
         self._limit = limit
         self._session = weakref.ref(session)
+
+    @property
+    def message(self) -> str:
+        """What is said; few sessions are used too late, and each of them ends."""
+        return f"{self._connect!r}: {self._reason}"
 
     def get_bind(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse every statement."""

@@ -55,11 +55,11 @@ async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = Fals
         again: run it once more if its own task is cancelled, as `asyncio.run` does with every task at its end.
         patience: seconds that it has once the caller is cancelled, where it does not bound itself: the application's own code.
     """
-    task = asyncio.get_running_loop().create_task(fn())
-    cancelled = await _wait(task, patience)
+    task, cancelled = await _run(fn, patience)
     if task.cancelled() and again:
-        task = asyncio.get_running_loop().create_task(fn())
-        cancelled = await _wait(task, patience) or cancelled
+        earlier = cancelled
+        task, cancelled = await _run(fn, patience)
+        cancelled = cancelled or earlier
     if cancelled is None:
         return task.result()
     if not task.cancelled() and (error := task.exception()) is not None:
@@ -70,19 +70,36 @@ async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = Fals
     raise cancelled
 
 
-async def _wait(task: asyncio.Task[Any], patience: float | None) -> asyncio.CancelledError | None:
+async def _run(
+    fn: Callable[[], Coroutine[Any, Any, T]], patience: float | None
+) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()  # is cancelled with the caller that awaits it, and the task is not
+
+    def wake(_: object = None) -> None:
+        if not done.done():
+            done.set_result(None)
+
+    async def run() -> T:
+        try:
+            return await fn()
+        finally:
+            wake()  # a turn of the loop before the task's own callback
+
+    task = loop.create_task(run())
+    task.add_done_callback(wake)  # one that is cancelled before it begins runs nothing
     if (caller := asyncio.current_task()) is not None and caller.cancelling():
         _limit(task, patience)
     try:
-        await asyncio.wait((task,))
+        await done
     except asyncio.CancelledError as exc:
         _limit(task, patience)
         with _shielded():
             while not task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait((task,))
-        return exc
-    return None
+        return task, exc
+    return task, None
 
 
 def _limit(task: asyncio.Task[Any], patience: float | None) -> None:

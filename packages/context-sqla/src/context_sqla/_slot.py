@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only
 from ._callbacks import Callback, Callbacks, awaited
 from ._connect import DBConnect
 from ._drivers import leaves_doubt
-from ._engines import KEY
+from ._engines import KEY, Line
 from ._lines import Lines, Prepared
 from ._policy import BeforeCommitCallback, Policy
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
@@ -69,7 +69,7 @@ class Slot:
         self.lines: Lines = Lines()
         self.foreign: bool = False  # put into the unit by hand
         self.kept: bool = False  # P5: the transaction goes on after the head
-        self.ended: str | None = None
+        self.ended: bool = False  # it takes nothing any more
         self.hooked: bool | None = False  # the before-commit hooks have run for this transaction; None: they are running
         self.deferring: bool = False  # a unit commits several sessions and runs what is due afterwards
         self.prepared: list[Prepared] = []
@@ -93,6 +93,11 @@ class Slot:
         return self.sync.in_transaction()
 
     @property
+    def has_work(self) -> bool:
+        """Whether there is something to commit, or to say about it."""
+        return self.evicted is not None or self.sync.in_transaction()
+
+    @property
     def dirty(self) -> bool:
         """Whether the session has something to flush."""
         return bool(self.sync.new or self.sync.deleted or self.sync.dirty)
@@ -108,12 +113,19 @@ class Slot:
         return getattr(transaction, "_current_fn", None) is not None
 
     @property
+    def at_rest(self) -> bool:
+        """Whether nothing is running, and nobody has to be asked whether rows are on their way."""
+        return not self.busy and not self.lines.have_cursors()
+
+    @property
     def patience(self) -> float:
         """How long the unit's end waits for what is still going on."""
         return self.connect.drain_timeout if self.place else self.connect.cleanup_timeout
 
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
+        if self.at_rest:
+            return True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         pause = 0.0
@@ -136,7 +148,7 @@ class Slot:
     def unseal(self) -> None:
         """Take statements of every task again."""
         self._owner = None
-        if self.ended is None and self.place is None:
+        if not self.ended and self.place is None:
             self.sync.__dict__.pop("get_bind", None)
 
     def share(self, place: Place) -> None:
@@ -169,9 +181,19 @@ class Slot:
         if not self.hooked:
             raise ContextSqlaError(f"{self.connect!r}: before_commit must not end its transaction; it refuses by raising")
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether anybody may refuse a commit."""
+        return self.before_commit is not None or bool(self.connect.before_commit)
+
+    @property
+    def failed(self) -> list[tuple[Connection, Line]]:
+        """The connections on which a statement of this transaction has failed, of those that count (P4a)."""
+        return self.lines.failed(cancelled_only=not self.connect.check_failed_transaction)
+
     async def check(self) -> None:
         """Raise if a statement whose error was swallowed has aborted the transaction (P4a)."""
-        for connection, line in self.lines.failed(cancelled_only=not self.connect.check_failed_transaction):
+        for connection, line in self.failed:
             self.arm(self.connect.cleanup_timeout)
             try:
                 await self.session.run_sync(lambda _, connection=connection: connection.execute(select(1)))  # type: ignore[misc]
@@ -251,18 +273,25 @@ class Slot:
 
     async def end(self) -> None:
         """Close the session; it is refused already."""
+        if not self.open:
+            self.end_at_rest()
+            return
         try:
-            if self.open:
-                await self._close()
-            else:
-                self.sync.close()  # no input or output
+            await self._close()
         finally:
             self.forget()
 
-    def refuse(self, message: str) -> None:
+    def end_at_rest(self) -> None:
+        """Close the session, which has nothing open: no input or output."""
+        try:
+            self.sync.close()
+        finally:
+            self.forget()
+
+    def refuse(self, reason: str) -> None:
         """Let the session take nothing any more, and forget this slot (a cycle would keep both from being freed)."""
-        self.ended = message
-        refusal = Refusal(message, self.session, self.connect.cleanup_timeout)
+        self.ended = True
+        refusal = Refusal(self.connect, reason, self.session, self.connect.cleanup_timeout)
         self.sync.info[KEY] = refusal
         self.sync.get_bind = refusal.get_bind  # type: ignore[method-assign]
 
@@ -375,9 +404,9 @@ class Slot:
         """Do before a commit by hand what a unit does before its own: ask the hooks, look for a silent rollback (P4a, P14)."""
         if not self.hooked:
             try:
-                if self.before_commit is not None or self.connect.before_commit:
+                if self.has_hooks:
                     await_only(self.ask_hooks())
-                if self.lines.failed(cancelled_only=not self.connect.check_failed_transaction):
+                if self.failed:
                     await_only(self.check())
             except BaseException:
                 self.hooked = False

@@ -258,7 +258,8 @@ class Unit(Container):
         try:
             if self._producers:
                 await self._produced()
-            await self._decide(self._commits, final=True)
+            if self._on_commit or self._opening or self.borrowed or any(slot.has_work for slot in self.slots.values()):
+                await self._decide(self._commits, final=True)
         except asyncio.CancelledError:
             self._broken = ContextSqlaError("the request was cancelled before its body was complete")
             self.phase = BACKGROUND
@@ -270,7 +271,8 @@ class Unit(Container):
         await self._end_slots()
 
     async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
-        await self._opened(self._patience)
+        if self._opening:
+            await self._opened(self._patience)
         slots = self._own()
         callbacks: list[Callback] | None = None
         if not (keep and any(slot.kept and slot.open for slot in slots)):  # P14: or else not everything is committed here
@@ -338,7 +340,8 @@ class Unit(Container):
             for key, slot in self._ahead.items():
                 self.slots[f"{key} ahead"] = slot
             self._ahead = None
-        await self._opened(0)
+        if self._opening:
+            await self._opened(0)
         slots = self._own()
         await _commit.roll_back(slots, cause)
         self.slots = {}
@@ -376,7 +379,7 @@ class Unit(Container):
 async def _clean_up(slots: list[Slot]) -> None:
     """Roll back what a body left unfinished; a statement that is being cancelled gets the time to end well (P7)."""
     for slot in slots:
-        slot.refuse(f"{slot.connect!r}: the client has left, the body of this response was given up")
+        slot.refuse("the client has left, the body of this response was given up")
         await slot.idle(slot.connect.cleanup_timeout)
     await _commit.roll_back(slots)
     await _commit.end(slots)
