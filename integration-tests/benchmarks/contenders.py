@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 from context_sqla import DBConnect, db_session
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy import AsyncAdaptedQueuePool
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from .drive import asgi, protocol
 
@@ -30,9 +32,23 @@ def maker_of(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
+_twins: WeakKeyDictionary[AsyncEngine, list[AsyncEngine]] = WeakKeyDictionary()
+
+
 def connect_to(engine: AsyncEngine) -> DBConnect[AsyncSession]:
-    """Make sessions through this suite, on the same engine."""
-    return DBConnect.from_sessionmaker(maker_of(engine))
+    """Make sessions through this suite, on a twin of the engine: what the suite does with its engine, others shall not pay."""
+    options: Any = {}
+    if isinstance(pool := engine.sync_engine.pool, AsyncAdaptedQueuePool):
+        options = {"pool_size": pool.size(), "max_overflow": pool._max_overflow}
+    twin = create_async_engine(engine.url, **options)
+    _twins.setdefault(engine, []).append(twin)
+    return DBConnect.from_sessionmaker(maker_of(twin))
+
+
+async def dispose(engine: AsyncEngine) -> None:
+    """Close the connections of an engine and its twins."""
+    for one in (engine, *_twins.pop(engine, ())):
+        await one.dispose()
 
 
 def session_of(db: DBConnect[AsyncSession], work: Work | None) -> Callable[[], Awaitable[Any]]:

@@ -23,7 +23,7 @@ import context_sqla
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from .contenders import NO_DB, OURS, drive
+from .contenders import NO_DB, OURS, dispose, drive
 
 FILE = Path(__file__).with_name("counts.json")
 PATHS = ("no database", "one query")
@@ -83,7 +83,7 @@ async def count(framework: str, path: str) -> Counts:
         blocks, size = min(await _held_by(request, held))
         return Counts(calls, blocks, size)
     finally:
-        await engine.dispose()
+        await dispose(engine)
 
 
 async def calls_of(request: Callable[[int], Awaitable[None]], *, every: bool = False) -> Counter[str]:
@@ -177,7 +177,7 @@ async def added(framework: str) -> dict[str, int]:
             await request(_WARM)
             found.append(await calls_of(request, every=True))
     finally:
-        await engine.dispose()
+        await dispose(engine)
     ours, bare = found
     ours.subtract(bare)
     return {name: number for name, number in ours.most_common() if number}

@@ -16,6 +16,8 @@ class Contender:
 
     name: str
     run: Run
+    each: int = 1
+    """How many pieces of work are in one."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ async def measure(contenders: Sequence[Contender], *, rounds: int = 41, seconds:
                 gc.collect(0)
                 begin = time.perf_counter()
                 await contenders[place].run(counts[place])
-                times[place].append((time.perf_counter() - begin) / counts[place] * 1e6)
+                times[place].append((time.perf_counter() - begin) / counts[place] / contenders[place].each * 1e6)
     finally:
         gc.enable()
     base = times[0]

@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from support.postgres import Postgres
 
-from .contenders import NO_DB, OURS, WITH_SESSION, asgi_bare, connect_to, drive, installed, maker_of
+from .contenders import NO_DB, OURS, WITH_SESSION, asgi_bare, connect_to, dispose, drive, installed, maker_of
 from .drive import asgi
 from .rounds import Contender, Result, measure
 
@@ -64,7 +66,7 @@ async def _engine(server: Postgres, **options: Any) -> AsyncIterator[AsyncEngine
             await connection.execute(text("CREATE TABLE IF NOT EXISTS bench (id bigserial PRIMARY KEY, name text)"))
         yield engine
     finally:
-        await engine.dispose()
+        await dispose(engine)
 
 
 _SELECT = text("SELECT 1")
@@ -372,8 +374,8 @@ async def many_at_once(server: Postgres, effort: Effort) -> Report:
     report = Report("1, 10, 100, 1000 requests at once, bare and with units: time per request", "flat per request beside bare")
     for number in (1, 10, 100, 1000):
         contenders = [
-            Contender(f"{number}, bare", _crowd(number, units=False)),
-            Contender(f"{number}", _crowd(number, units=True)),
+            Contender(f"{number}, bare", _crowd(number, units=False), number),
+            Contender(f"{number}", _crowd(number, units=True), number),
         ]
         report.results += await effort.measure(contenders, 0.03)
     return report
@@ -391,7 +393,7 @@ def _crowd(number: int, *, units: bool) -> Callable[[int], Awaitable[None]]:
         await unit.close()
 
     async def run(count: int) -> None:
-        for _ in range(max(1, count // number)):
+        for _ in range(count):
             await asyncio.gather(*((in_unit if units else bare)() for _ in range(number)))
 
     return run
@@ -503,14 +505,16 @@ async def imports(server: Postgres, effort: Effort) -> Report:
     both = "import time, sqlalchemy.ext.asyncio, sqlalchemy.orm; a = time.perf_counter(); import context_sqla; print(time.perf_counter() - a)"
     alone = "import time; a = time.perf_counter(); import sqlalchemy.ext.asyncio, sqlalchemy.orm; print(time.perf_counter() - a)"
 
-    def taken(code: str) -> float:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return float(done.stdout) * 1e3
-
     times: Mapping[str, list[float]] = {both: [], alone: []}
-    for _ in range(max(1, effort.rounds // 4)):
-        for code, values in times.items():
-            values.append(taken(code))
+    with tempfile.TemporaryDirectory() as cache:
+        # Compiled, as where it is installed, whatever is set here.
+        environ = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        for number in range(1 + max(1, effort.rounds // 4)):
+            for code, values in times.items():
+                done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+                if number:  # the first one compiles
+                    values.append(float(done.stdout) * 1e3)
     report.facts["ms added"] = median(times[both])
     report.facts["ms of SQLAlchemy"] = median(times[alone])
     return report

@@ -1,6 +1,6 @@
 """The unit of work of a Starlette application, in one part or in two, and its errors before the application's own handlers."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -229,7 +229,7 @@ def install(
             app.exception_handlers[UnavailableError] = unavailable
         app.user_middleware.append(Middleware(inner))
         try:
-            return _outermost(outer(build()))
+            return _Outermost(outer(build()))
         finally:
             app.user_middleware.pop()
 
@@ -245,9 +245,13 @@ def _closing_after(lifespan_context: Lifespan[Any], connects: tuple[DBConnect[An
     return lifespan
 
 
-def _outermost(outer: OuterPart) -> ASGIApp:
-    """Make it look like the outermost part that Starlette builds: OpenTelemetry's instrumentation insists on it, and takes its `app`.
+class _Outermost(ServerErrorMiddleware):
+    """Look like the outermost part that Starlette builds: OpenTelemetry's instrumentation insists on it, and keeps its `app`."""
 
-    In a class of its own, for no call is to stand between the server's and the part's, in every request.
-    """
-    return type("Outermost", (ServerErrorMiddleware,), {"__call__": staticmethod(outer.__call__)})(outer)
+    def __init__(self, app: OuterPart) -> None:
+        super().__init__(app)
+        self._call = app.__call__
+
+    # Not async: the other's coroutine is all that is needed, in every request.
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._call(scope, receive, send)

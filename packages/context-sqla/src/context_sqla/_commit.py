@@ -67,7 +67,7 @@ async def end(slots: Sequence[Slot], cause: BaseException | None = None) -> None
     for slot in slots if not working else ():
         try:
             slot.end_at_rest()
-        except Exception as exc:  # noqa: BLE001
+        except Exception as exc:
             errors.append((slot, exc))
     if working:
         errors = await settle(lambda: _each(slots, Slot.end), again=True)
@@ -85,19 +85,16 @@ def refuse(slots: Sequence[Slot]) -> None:
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
-        if not slot.at_rest:
-            await _free(slot)
+        await _free(slot)
     for slot in slots:
-        if slot.dirty:
-            await slot.flush()
+        await slot.flush()
     for slot in committing:
         if slot.has_hooks and not slot.hooked:
             await slot.ask_hooks()
             await slot.flush()
         slot.hooked = True
     for slot in slots:
-        if slot.failed:
-            await slot.check()
+        await slot.check()
 
 
 async def _free(slot: Slot) -> None:
@@ -121,14 +118,11 @@ async def _commit_all(slots: Sequence[Slot], done: list[Slot]) -> None:
     try:
         for slot in two_phase:
             await _prepare_two_phase(slot)
-        for slot in slots:
-            if slot not in two_phase:
-                if not slot.at_rest:
-                    await _free(slot)  # a child may have begun a commit by hand meanwhile
-                await slot.commit()
-                done.append(slot)
-        if two_phase:
-            await _commit_prepared(two_phase, done)
+        for slot in (slot for slot in slots if slot not in two_phase):
+            await _free(slot)  # a child may have begun a commit by hand meanwhile
+            await slot.commit()
+            done.append(slot)
+        await _commit_prepared(two_phase, done)
     except BaseException as exc:
         _tell(exc, slots, done)
         raise

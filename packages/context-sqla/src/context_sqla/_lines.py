@@ -44,7 +44,7 @@ class Lines:
 
     def are_running(self) -> bool:
         """Return whether a statement is running on one of them."""
-        for _, line in self._all:  # each commit asks, several times
+        for _, line in self._all:  # noqa: SIM110  # each commit asks, several times
             if (line.running and line.is_running()) or _drivers.is_locked(line.driver):
                 return True
         return False

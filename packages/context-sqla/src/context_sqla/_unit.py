@@ -271,8 +271,7 @@ class Unit(Container):
         await self._end_slots()
 
     async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
-        if self._opening:
-            await self._opened(self._patience)
+        await self._opened(self._patience)
         slots = self._own()
         callbacks: list[Callback] | None = None
         if not (keep and any(slot.kept and slot.open for slot in slots)):  # P14: or else not everything is committed here
@@ -340,8 +339,7 @@ class Unit(Container):
             for key, slot in self._ahead.items():
                 self.slots[f"{key} ahead"] = slot
             self._ahead = None
-        if self._opening:
-            await self._opened(0)
+        await self._opened(0)
         slots = self._own()
         await _commit.roll_back(slots, cause)
         self.slots = {}
