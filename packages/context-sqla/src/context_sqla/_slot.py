@@ -2,51 +2,23 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Connection, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
+from ._around import Owner, Place
 from ._callbacks import Callback, Callbacks, awaited
 from ._connect import DBConnect
 from ._drivers import leaves_doubt
 from ._engines import KEY, Line
 from ._lines import Lines, Prepared
-from ._policy import BeforeCommitCallback, Policy
+from ._policy import BeforeCommitCallback
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
 from ._settle import TIMERS, logger, running_loop, settle
 from .errors import ContextClosedError, ContextSqlaError, SessionBusyError, _outcome_of
-
-
-class Owner(Protocol):
-    """What a session asks of its unit."""
-
-    policy: Policy
-    label: Callable[[], str] | None
-    committed: bool
-    loop: asyncio.AbstractEventLoop | None
-
-    def check_open(self, connect: DBConnect[Any] | None) -> None:
-        """Raise if the unit has ended, or belongs to another event loop."""
-
-    async def run_callback(self, callback: Callback) -> None:
-        """Run one on-commit callback in a unit of its own."""
-
-
-class Place(Protocol):
-    """A unit's place in the transaction of a test, which is a stack of savepoints (P12)."""
-
-    def is_taken(self) -> bool:
-        """Return whether a unit inside this one has the connection now."""
-        ...
-
-    async def clear(self) -> None:
-        """Evict the units inside this one."""
-
-    def give_back(self) -> None:
-        """Leave the stack."""
 
 
 class Slot:
@@ -93,11 +65,6 @@ class Slot:
         return self.sync.in_transaction()
 
     @property
-    def has_work(self) -> bool:
-        """Whether there is something to commit, or to say about it."""
-        return self.evicted is not None or self.sync.in_transaction()
-
-    @property
     def dirty(self) -> bool:
         """Whether the session has something to flush."""
         return bool(self.sync.new or self.sync.deleted or self.sync.dirty)
@@ -113,18 +80,13 @@ class Slot:
         return getattr(transaction, "_current_fn", None) is not None
 
     @property
-    def at_rest(self) -> bool:
-        """Whether nothing is running, and nobody has to be asked whether rows are on their way."""
-        return not self.busy and not self.lines.have_cursors()
-
-    @property
     def patience(self) -> float:
         """How long the unit's end waits for what is still going on."""
         return self.connect.drain_timeout if self.place else self.connect.cleanup_timeout
 
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
-        if self.at_rest:
+        if not self.busy and not self.lines.have_cursors():
             return True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout

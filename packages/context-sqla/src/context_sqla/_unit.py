@@ -258,7 +258,12 @@ class Unit(Container):
         try:
             if self._producers:
                 await self._produced()
-            if self._on_commit or self._opening or self.borrowed or any(slot.has_work for slot in self.slots.values()):
+            if (
+                self._on_commit
+                or self._opening
+                or self.borrowed
+                or any(slot.open or slot.evicted for slot in self.slots.values())
+            ):
                 await self._decide(self._commits, final=True)
         except asyncio.CancelledError:
             self._broken = ContextSqlaError("the request was cancelled before its body was complete")
