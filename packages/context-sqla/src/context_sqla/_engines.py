@@ -1,6 +1,6 @@
 """What is known of an engine's connections: which are open, which are out, what runs on them and what failed.
 
-It stands on the public events of the pool and of errors, and on the methods of the engine's dialect through which statements, BEGIN
+It stands on public events, of the pool and of errors, and on the methods of the engine's dialect through which statements, BEGIN
 and COMMIT pass. An engine is watched once, however many connects use it.
 """
 
