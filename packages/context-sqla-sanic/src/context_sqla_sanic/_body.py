@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from context_sqla.adapters import Unit
+from context_sqla.adapters import NOTHING, Unit
 from sanic import Request
 from sanic.exceptions import RequestCancelled
 from sanic.http import Stage
@@ -41,8 +41,8 @@ class Body:
         if self._stream.stage is Stage.RESPONSE and await self._is_left():  # a decided answer goes out whole
             self._unit.disconnected()
             raise RequestCancelled
-        if self._is_last(data, end_stream):
-            await self._unit.end_of_body()
+        if self._is_last(data, end_stream) and (step := self._unit.end_of_body()) is not NOTHING:
+            await step
         # Asked for again, it is another one after the head; not all of them are coroutines.
         sent = self._stream.send(data, end_stream)
         if sent is not None:
