@@ -106,7 +106,7 @@ class UnitRequest(Request[Any, Any]):
         finally:
             if self._hidden is not None:
                 self._hidden.close()
-        if self.unit is not None and (step := self.unit.close(self._answers)) is not NOTHING:
+        if self.unit is not None and (step := self.unit.close()) is not NOTHING:
             try:
                 await step
             except Exception as error:  # noqa: BLE001  # of what came after the last byte, which Sanic would not report
