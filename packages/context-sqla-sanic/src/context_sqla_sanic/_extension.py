@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from functools import partial
 from inspect import isawaitable
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 from context_sqla import DBConnect, adapters
 from context_sqla.adapters import NOTHING, BeforeCommitCallback, Phase, Policy, Unit, hidden_unit
@@ -118,9 +118,8 @@ class UnitRequest(Request[Any, Any]):
         Raises:
             Exception: that of the commit, for the application's exception handlers (P4b).
         """
-        final = await super().respond(response, **kwargs)
-        unit = self.unit
-        if unit is None or not isinstance(final, _RESPONSES):
+        final: Any = await super().respond(response, **kwargs)
+        if (unit := self.unit) is None or not isinstance(final, _RESPONSES):
             return final
         try:
             if (step := unit.head(final.status)) is not NOTHING:
@@ -135,8 +134,8 @@ class UnitRequest(Request[Any, Any]):
             if self._answers is not None and response is not None:
                 response.status = 500  # the same
             raise
-        if isinstance(final, BaseHTTPResponse) and final.stream is not None:
-            final.stream = cast("Any", Body(final.stream, final, self, unit))
+        if not isinstance(final, ResponseStream) and final.stream is not None:
+            final.stream = Body(final.stream, final, self, unit)
         return final
 
     async def fail(self, error: BaseException) -> None:
