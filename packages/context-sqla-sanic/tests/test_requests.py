@@ -419,6 +419,27 @@ async def test_body_commits_before_its_end_by_hand(app, ledger, serve):
     assert seen == ["a"]
 
 
+async def test_what_an_exception_handler_writes_after_the_last_byte_stays(app, ledger, serve_as_asgi):
+    """It is background work, which commits after an error's answer too (P6); Sanic's own server takes it for no answer."""
+    setup(app, ledger.db)
+
+    @app.exception(KeyError)
+    async def answer(request, exc):
+        await ledger.write("answer")
+        response = await request.respond(status=404)
+        await response.eof()
+        await ledger.write("after")
+
+    @app.get("/")
+    async def handler(request):
+        raise KeyError
+
+    async with serve_as_asgi(app) as server:
+        answered = await server.request("GET")
+
+    assert (answered.status_code, ledger.names()) == (404, "after")
+
+
 async def test_failed_commit_after_the_last_byte_is_reported(app, ledger, serve, caplog):
     """Nobody can be answered any more, but the application's signal handlers are told, and Sanic logs it (P4, P6)."""
     setup(app, ledger.db)
