@@ -135,7 +135,8 @@ class UnitRequest(Request[Any, Any]):
                 response.status = 500  # the same
             raise
         if not isinstance(final, ResponseStream) and final.stream is not None:
-            final.stream = Body(final.stream, final, self, unit)
+            body: Any = Body(final.stream, final, self, unit)
+            final.stream = body
         return final
 
     async def fail(self, error: BaseException) -> None:
@@ -177,10 +178,9 @@ class UnitRequest(Request[Any, Any]):
 class UnitSanic(Sanic[Any, Any]):
     """An application that ends the unit of each request where its handling ends."""
 
-    def handle_request(self, request: Any) -> Coroutine[Any, Any, None]:
+    async def handle_request(self, request: Any) -> None:
         """Handle a request, in a unit from where its route is known."""
-        handled: Coroutine[Any, Any, None] = request.settle(super().handle_request(request))
-        return handled
+        await request.settle(super().handle_request(request))
 
     async def handle_exception(self, request: Any, exception: BaseException, run_middleware: bool = True) -> None:
         """Answer an exception, in the unit of its request or in one of its own."""
