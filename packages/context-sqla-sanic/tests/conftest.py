@@ -150,3 +150,8 @@ def _serve(request: pytest.FixtureRequest):
 @pytest.fixture(name="serve_natively")
 def _serve_natively():
     return native
+
+
+@pytest.fixture(name="serve_as_asgi")
+def _serve_as_asgi():
+    return asgi

@@ -419,8 +419,55 @@ async def test_body_commits_before_its_end_by_hand(app, ledger, serve):
     assert seen == ["a"]
 
 
+async def test_what_an_exception_handler_writes_after_the_last_byte_stays(app, ledger, serve_as_asgi):
+    """It is background work, which commits after an error's answer too (P6); Sanic's own server takes it for no answer."""
+    setup(app, ledger.db)
+
+    @app.exception(KeyError)
+    async def answer(request, exc):
+        await ledger.write("answer")
+        response = await request.respond(status=404)
+        await response.eof()
+        await ledger.write("after")
+
+    @app.get("/")
+    async def handler(request):
+        raise KeyError
+
+    async with serve_as_asgi(app) as server:
+        answered = await server.request("GET")
+
+    assert (answered.status_code, ledger.names()) == (404, "after")
+
+
+async def test_failed_commit_after_the_last_byte_is_reported(app, ledger, serve, caplog):
+    """Nobody can be answered any more, but the application's signal handlers are told, and Sanic logs it (P4, P6)."""
+    setup(app, ledger.db)
+    told, reported = [], asyncio.Event()
+
+    @app.signal("http.lifecycle.exception")
+    async def tell(exception, **context):
+        told.append(type(exception))
+        reported.set()
+
+    @app.get("/")
+    async def handler(request):
+        response = await request.respond(status=201)
+        await response.eof()
+        await ledger.write_orphan("a")
+
+    async with serve(app) as server:
+        answer = await server.request("GET")
+        await asyncio.wait_for(reported.wait(), 10)
+
+    assert answer.status_code == 201
+    assert told == [IntegrityError]
+    assert "FOREIGN KEY" in caplog.text
+    assert ledger.names() == ""
+
+
 async def test_client_that_leaves_a_stream_leaves_nothing_behind(app, ledger, serve_natively):
-    """Sanic cancels the connection's task and says nothing more: the unit ends with the task (P5, P7)."""
+    """Sanic cancels the connection's task and says nothing more: the unit ends all the same (P5, P7)."""
     setup(app, ledger.db)
     tasks, units = [], []
 

@@ -3,11 +3,13 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from context_sqla.adapters import Unit
+from context_sqla.adapters import NOTHING, Unit
 from sanic import Request
 from sanic.exceptions import RequestCancelled
 from sanic.http import Stage
 from sanic.response import BaseHTTPResponse
+
+_RESPONSE = Stage.RESPONSE  # members of an enumeration are slow to reach on Python 3.11
 
 
 class Body:
@@ -38,20 +40,19 @@ class Body:
         return self._send if self._stream.send is not None else None
 
     async def _send(self, data: bytes, end_stream: bool) -> None:
-        if self._stream.stage is Stage.RESPONSE and await self._is_left():  # a decided answer goes out whole
-            self._unit.disconnected()
+        stream, unit = self._stream, self._unit
+        if stream.stage is _RESPONSE and await self._is_left():  # a decided answer goes out whole
+            unit.disconnected()
             raise RequestCancelled
-        if self._is_last(data, end_stream):
-            await self._unit.end_of_body()
+        if (end_stream or self._is_last(data)) and (step := unit.end_of_body()) is not NOTHING:
+            await step
         # Asked for again, it is another one after the head; not all of them are coroutines.
-        sent = self._stream.send(data, end_stream)
+        sent = stream.send(data, end_stream)
         if sent is not None:
             await sent
 
-    def _is_last(self, data: bytes, end_stream: bool) -> bool:
-        """Return whether the response is complete with this: by its mark, or by the declared length."""
-        if end_stream:
-            return True
+    def _is_last(self, data: bytes) -> bool:
+        """Return whether the response is complete with this, by its declared length."""
         if self._left is None:
             length = str(self._response.headers.get("content-length", ""))
             self._left = float(length) if length.isdigit() else float("inf")

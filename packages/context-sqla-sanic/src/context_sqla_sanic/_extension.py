@@ -1,15 +1,18 @@
-"""The unit of work of a Sanic request: opened when its route is known, decided where it responds, ended with its body."""
+"""The unit of work of a Sanic request: opened when its route is known, decided where it responds, ended with its handling.
 
-import asyncio
+Sanic sends a signal only where somebody listens, and sending one costs more than a unit that nobody uses. So requests and the
+application are of classes that override what Sanic calls anyway.
+"""
+
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from functools import partial
 from inspect import isawaitable
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 from context_sqla import DBConnect, adapters
-from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, hidden_unit
+from context_sqla.adapters import NOTHING, BeforeCommitCallback, Phase, Policy, Unit, hidden_unit
 from context_sqla.errors import ContextSqlaError, ForeignLoopError, SetupError, UnavailableError
 from sanic import Request, Sanic
 from sanic.http import Stage
@@ -24,6 +27,9 @@ Rule: TypeAlias = Callable[[int], bool]
 _ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
 _PARAMETER, _BRACED = re.compile("<([^:>]+)[^>]*>"), r"{\1}"  # as other frameworks write it
 _FIRST, _LAST = 1_000_000, -1_000_000
+_RESPONSES = (BaseHTTPResponse, ResponseStream)
+# Of the class that `setup` makes: its two bases cannot both have some of their own.
+_SLOTS = ("_again", "_answers", "_hidden", "unit")
 
 
 def setup(
@@ -48,21 +54,18 @@ def setup(
         TypeError: one of the connects is no `DBConnect`.
     """
     adapters.check_connects(*connects)
-    base = app.request_class or Request
+    base: Any = app.request_class or Request
     if app.state.is_started:
         raise SetupError("the application has started: call setup(app, ...) where the application is made")
     if issubclass(base, UnitRequest):
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
-    space = {
-        "__slots__": ("_again", "_answers", "_hidden", "unit"),
-        "__doc__": UnitRequest.__doc__,
-        "policy": Policy(should_commit, before_commit),
-    }
+    kind: Any = type(app)
+    space: dict[str, Any] = {"__slots__": _SLOTS, "__doc__": UnitRequest.__doc__, "policy": Policy(should_commit, before_commit)}
+    space |= {"put_route": base.route.__set__, "route": property(base.route.__get__, UnitRequest.begin)}
     app.request_class = type("UnitRequest", (UnitRequest, base), space)
-    app.signal("http.routing.after", priority=_FIRST)(_routed)
-    app.signal("http.handler.after", priority=_LAST)(_handled)
-    app.signal("http.lifecycle.exception", priority=_FIRST)(_failed)
-    app.signal("http.lifecycle.response", priority=_LAST)(_responded)
+    # The class that serves is sent to the workers: it is one that they can import.
+    space = {"__slots__": (), "__doc__": kind.__doc__, "serve": kind.serve}
+    app.__class__ = type(kind)(kind.__name__, (UnitSanic, kind), space)
     hidden = ExitStack()
     app.listener("before_server_start", priority=_FIRST)(partial(_hide, hidden))
     app.listener("before_server_start")(_answer_unavailable)
@@ -74,31 +77,40 @@ class UnitRequest(Request[Any, Any]):
     """A request with a unit of work, which decides where the request responds: each head passes here."""
 
     policy: ClassVar[Policy]
+    put_route: ClassVar[Callable[[Request[Any, Any], Any], None]]
     unit: Unit | None
     _answers: BaseException | None  # the exception that is being answered
     _again: bool  # the commit behind the answer to an exception has failed
-    _hidden: Any
+    _hidden: ExitStack | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.unit = self._hidden = self._answers = None
-        self._again = False
+    def begin(self, route: Any) -> None:
+        """Take the route, and begin what it wants: a unit, or none for a websocket (P11)."""
+        type(self).put_route(self, route)
+        if route is None:  # in the constructor
+            self.unit = self._hidden = self._answers = None
+            self._again = False
+        elif hasattr(route.handler, "is_websocket"):
+            self._hidden = ExitStack()
+            self._hidden.enter_context(hidden_unit())
+        else:
+            self.unit = Unit.enter(self.policy, self._label)
 
-    def enter(self) -> None:
-        """Open a unit, which ends with the task at the latest: a cancelled request is told nothing more."""
-        self.unit = Unit.enter(self.policy, self._label)
-        self.unit.close_with(cast("asyncio.Task[Any]", asyncio.current_task()))
-
-    def hide(self) -> None:
-        """Hide inherited units, for a websocket (P11)."""
-        self._hidden = hidden_unit()
-        self._hidden.__enter__()
-
-    def show(self) -> None:
-        """End what `hide` began."""
-        if self._hidden is not None:
-            self._hidden.__exit__(None, None, None)
-            self._hidden = None
+    async def settle(self, handling: Coroutine[Any, Any, None]) -> None:
+        """End the unit with the handling of the request, or of an exception."""
+        try:
+            await handling
+        except BaseException as error:
+            if self.unit is not None:
+                await self.unit.close(error)
+            raise
+        finally:
+            if self._hidden is not None:
+                self._hidden.close()
+        if self.unit is not None and (step := self.unit.close()) is not NOTHING:
+            try:
+                await step
+            except Exception as error:  # noqa: BLE001  # of what came after the last byte, which Sanic would not report
+                await self.app.handle_exception(self, error, run_middleware=False)
 
     async def respond(self, response: BaseHTTPResponse | None = None, **kwargs: Any) -> Any:
         """Respond, after Sanic's own middleware, and decide about the unit by the status (P3, P4).
@@ -106,11 +118,12 @@ class UnitRequest(Request[Any, Any]):
         Raises:
             Exception: that of the commit, for the application's exception handlers (P4b).
         """
-        final = await super().respond(response, **kwargs)
-        if self.unit is None or not isinstance(final, BaseHTTPResponse | ResponseStream):
+        final: Any = await super().respond(response, **kwargs)
+        if (unit := self.unit) is None or not isinstance(final, _RESPONSES):
             return final
         try:
-            await self.unit.head(final.status)
+            if (step := unit.head(final.status)) is not NOTHING:
+                await step
         except Exception as error:
             self._response_middleware_started = False  # P4b: it runs for the answer to this error too
             if self._answers is None:
@@ -121,34 +134,26 @@ class UnitRequest(Request[Any, Any]):
             if self._answers is not None and response is not None:
                 response.status = 500  # the same
             raise
-        if isinstance(final, BaseHTTPResponse) and final.stream is not None:
-            final.stream = cast("Any", Body(final.stream, final, self, self.unit))
+        if not isinstance(final, ResponseStream) and final.stream is not None:
+            body: Any = Body(final.stream, final, self, unit)
+            final.stream = body
         return final
 
     async def fail(self, error: BaseException) -> None:
         """Prepare for the answer to an exception, or break off a body that has begun."""
-        self.show()
+        if self._hidden is not None:
+            self._hidden.close()
         adapters.explain(error)
         self._answers = error
         unit, stream = self.unit, self.stream
-        if unit is not None and unit.phase is not Phase.HANDLER:
-            unfinished = unit.phase is Phase.STREAM
-            await unit.close(error)
-            self.unit = None
-            if stream is not None and stream.stage is not Stage.HANDLER and unfinished and stream.response is not None:
-                stream.response.stream = None  # P5: Sanic would end the body well
         answers = stream is not None and stream.stage is Stage.HANDLER
+        if unit is not None and unit.phase is not Phase.HANDLER:
+            if unit.phase is Phase.STREAM and stream is not None and not answers and stream.response is not None:
+                stream.response.stream = None  # P5: Sanic would end the body well
+            self.unit = None
+            await unit.close(error)
         if self.unit is None and answers and not isinstance(error, ForeignLoopError):  # which would only be raised again
-            self.enter()
-
-    async def finish(self) -> None:
-        """End the unit: the body is complete, but for its last byte."""
-        self.show()
-        if self.unit is not None:
-            if self.conn_info is not None and self.conn_info.lost:
-                self.unit.disconnected()
-            await self.unit.end_of_body()
-            await self.unit.close(self._answers)
+            self.unit = Unit.enter(self.policy, self._label)
 
     async def _answer(self, error: Exception) -> Any:
         """Return the answer to the commit error of an answer: the application's (P4b), and then one that decides nothing."""
@@ -170,23 +175,17 @@ class UnitRequest(Request[Any, Any]):
         return f"{self.method} {_PARAMETER.sub(_BRACED, template)}"
 
 
-async def _routed(request: UnitRequest, handler: Any, **_: Any) -> None:
-    if hasattr(handler, "is_websocket"):
-        request.hide()
-    else:
-        request.enter()
+class UnitSanic(Sanic[Any, Any]):
+    """An application that ends the unit of each request where its handling ends."""
 
+    async def handle_request(self, request: Any) -> None:
+        """Handle a request, in a unit from where its route is known."""
+        await request.settle(super().handle_request(request))
 
-async def _handled(request: UnitRequest, **_: Any) -> None:
-    request.show()
-
-
-async def _failed(request: UnitRequest, exception: BaseException, **_: Any) -> None:
-    await request.fail(exception)
-
-
-async def _responded(request: UnitRequest, **_: Any) -> None:
-    await request.finish()
+    async def handle_exception(self, request: Any, exception: BaseException, run_middleware: bool = True) -> None:
+        """Answer an exception, in the unit of its request or in one of its own."""
+        await request.fail(exception)
+        await request.settle(super().handle_exception(request, exception, run_middleware))
 
 
 async def _hide(hidden: ExitStack, app: "Sanic[Any, Any]") -> None:
