@@ -6,7 +6,7 @@ import zlib
 import pytest
 from aiohttp import ClientError, web
 from aiohttp.test_utils import make_mocked_request
-from context_sqla import ContextNotInitiatedError, db_session, is_context_initiated
+from context_sqla import ContextClosedError, ContextNotInitiatedError, db_session, is_context_initiated
 from context_sqla_aiohttp import db_session_middleware, setup
 from sqlalchemy.exc import IntegrityError
 
@@ -523,6 +523,106 @@ async def test_set_up_application_in_tasks(ledger, client_of):
     assert ledger.names() == "a b"
 
 
+@pytest.mark.parametrize("raised", [False, True])
+async def test_unit_ends_with_a_response_that_is_returned_whole(ledger, client_of, raised):
+    """Nothing of the application runs after a plain response or a redirect: a task that asks then is told so (P10)."""
+    late = []
+
+    async def handler(request):
+        late.append(asyncio.create_task(db_session(ledger.db)))
+        if raised:
+            raise web.HTTPFound("/elsewhere")
+        return web.Response(text="x")
+
+    client = await client_of(application(handler, conflict))
+    answer = await client.get("/", allow_redirects=False)
+    [outcome] = await asyncio.gather(*late, return_exceptions=True)
+
+    assert answer.status == (302 if raised else 200)
+    assert isinstance(outcome, ContextClosedError)
+
+
+async def test_handler_that_runs_after_the_answer_has_no_unit(ledger, client_of):
+    """Middleware that answers at once, and leaves the handler to a task, has ended the unit for that (P10)."""
+    late = []
+
+    @web.middleware
+    async def answers_first(request, handler):
+        late.append(asyncio.create_task(handler(request)))
+        return web.Response(text="accepted")
+
+    async def handler(request):
+        await ledger.write("a")
+
+    client = await client_of(application(handler, answers_first))
+    text = await (await client.get("/")).text()
+    [outcome] = await asyncio.gather(*late, return_exceptions=True)
+
+    assert (text, type(outcome), ledger.names()) == ("accepted", ContextClosedError, "")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_middleware_that_writes_after_the_decision(ledger, client_of, fails):
+    """What middleware writes around a response that is decided commits before its first byte, or it is a 500 (P5)."""
+
+    @web.middleware
+    async def writes_after(request, handler):
+        response = await handler(request)
+        await (ledger.write_orphan if fails else ledger.write)("b")
+        return response
+
+    async def handler(request):
+        await ledger.write("a")
+        return web.Response(text="x")
+
+    client = await client_of(application(handler, writes_after))
+    answer = await client.get("/")
+
+    assert (answer.status, ledger.names()) == ((500, "a") if fails else (200, "a b"))
+
+
+async def test_another_response_after_a_failed_one(ledger, client_of):
+    """A handler that swallows the error of `prepare` may return another response, framed as its own (P4)."""
+
+    async def handler(request):
+        await ledger.write_orphan("a")
+        response = web.StreamResponse()
+        response.enable_compression(web.ContentCoding.deflate)
+        with pytest.raises(IntegrityError):
+            await response.prepare(request)
+        return web.Response(status=409, text="another")
+
+    client = await client_of(application(handler))
+    answer = await client.get("/")
+
+    assert (answer.status, await answer.text(), answer.headers["content-length"]) == (409, "another", "7")
+    assert ledger.names() == ""
+
+
+@pytest.mark.parametrize("how", ["unused", "used", "raised", "stream"])
+async def test_writer_gets_its_own_methods_back(ledger, client_of, how):
+    """What was replaced on aiohttp's writer is gone when the request is over."""
+    requests = []
+
+    async def body():
+        yield b"piece"
+
+    async def handler(request):
+        requests.append(request)
+        if how == "used":
+            await ledger.write("a")
+        if how == "raised":
+            raise LookupError
+        return web.Response(body=body() if how == "stream" else b"x")
+
+    client = await client_of(application(handler))
+    async with client.get("/") as answer:
+        await answer.read()
+    await client.get("/")  # the task of the first one has ended
+
+    assert not {"write_headers", "write", "write_eof"} & set(vars(requests[0].writer))
+
+
 async def test_mocked_request(ledger):
     """A handler can be called in a test with aiohttp's mocked request, through the middleware."""
 
@@ -530,6 +630,9 @@ async def test_mocked_request(ledger):
         await ledger.write("a")
         return web.Response(status=201)
 
-    response = await asyncio.create_task(db_session_middleware(make_mocked_request("POST", "/"), handler))
+    request = make_mocked_request("POST", "/")
+    response = await asyncio.create_task(db_session_middleware(request, handler))
+    await response.prepare(request)
 
     assert (response.status, ledger.names()) == (201, "a")
+    assert request.writer.write_headers.called

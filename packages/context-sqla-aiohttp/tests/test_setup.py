@@ -354,9 +354,13 @@ async def test_unavailable_is_a_503(client_of):
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
 
 
-@pytest.mark.parametrize("error", [None, LookupError(), IntegrityError("", {}, Exception())], ids=["good", "error", "answered"])
+@pytest.mark.parametrize(
+    "error",
+    [None, LookupError(), IntegrityError("", {}, Exception()), web.HTTPConflict()],
+    ids=["good", "error", "answered", "http error"],
+)
 async def test_work_after_the_last_byte_is_background_work(ledger, client_of, error):
-    """A handler that goes on after `write_eof` commits at its end, and one that fails rolls that back (P6)."""
+    """A handler that goes on after `write_eof` commits at its end, and one that fails rolls that back, unanswered (P6)."""
     ended = asyncio.Event()
 
     async def handler(request):

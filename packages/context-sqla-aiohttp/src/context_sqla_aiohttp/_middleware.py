@@ -1,14 +1,12 @@
 """The unit of work of an aiohttp application: a middleware that opens it, and points in the chain where it is decided."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from context_sqla import DBConnect
-from context_sqla.adapters import BeforeCommitCallback, Phase, Policy, Unit, check_connects, close_connects, retry_after_header
+from context_sqla.adapters import BeforeCommitCallback, Policy, check_connects, close_connects, retry_after_header
 from context_sqla.errors import SetupError, UnavailableError
 
 from ._wire import Wire, wire_of
@@ -50,14 +48,10 @@ def setup(
 
     def place() -> None:
         if not app.pre_frozen:
-            for position in range(len(app.middlewares), 0, -1):
-                app.middlewares.insert(position, _point)
-            app.middlewares.insert(0, DBSessionMiddleware(should_commit=should_commit, before_commit=before_commit))
-            app.on_cleanup.append(close)
+            outermost = DBSessionMiddleware(should_commit=should_commit, before_commit=before_commit)
+            app.middlewares[:] = [outermost.__call__, *(part for one in app.middlewares for part in (one, _point))]
+            app.on_cleanup.append(lambda _: close_connects(*connects))
         pre_freeze()
-
-    async def close(_: web.Application) -> None:
-        await close_connects(*connects)
 
     async def closing(_: web.Application) -> AsyncIterator[None]:
         yield
@@ -84,72 +78,60 @@ class DBSessionMiddleware:
     def __init__(self, *, should_commit: Rule | None = None, before_commit: BeforeCommitCallback | None = None) -> None:
         self._policy = Policy(should_commit, before_commit)
 
+    @web.middleware
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Run the rest of the application in the request's unit of work.
 
         Raises:
             Exception: that of the commit, or the application's own.
         """
-        if wire_of(request) is not None:
+        writer: Any = request.writer
+        if type(getattr(writer.write_headers, "__self__", None)) is Wire:
             return await _point(request, handler)
-        task = asyncio.current_task()
-        assert task is not None
-        unit = Unit.enter(self._policy, partial(_label, request))
-        wire = Wire(unit, request, task)
+        wire = Wire(self._policy, request, writer)
         try:
-            return await _run(wire, request, handler)
+            try:  # as `_point` does: a request that uses no session shall not pay for another coroutine (P1)
+                response = await handler(request)
+            except Exception as error:
+                await wire.raised(error)
+                raise
+            if not wire.dismiss(response):
+                await wire.returned(response)
         except BaseException as error:
-            if isinstance(error, UnavailableError) and not wire.sent:
-                return await _unavailable(unit, error)
-            if wire.sent or not isinstance(error, web.HTTPException):  # or else it is a response, decided about already
-                await unit.close(error)
-            raise
-        finally:
-            wire.show()
+            answer = await _leave(wire, error)
+            if answer is None:
+                raise
+            return answer
+        return response
 
 
 db_session_middleware: DBSessionMiddleware = DBSessionMiddleware()
 """The middleware without options, for `app.middlewares.append(db_session_middleware)`."""
 
 
-async def _run(wire: Wire, request: web.Request, handler: Handler) -> web.StreamResponse:
-    response = await _decided(wire, request, handler)
-    if wire.late is not None:
-        raise wire.late  # middleware has answered it, but the head of another response was out
-    if wire.unit.phase is Phase.BACKGROUND:  # the handler went on after the last byte (P6)
-        await wire.unit.close()
-    wire.returned = True
-    return response
-
-
-async def _decided(wire: Wire, request: web.Request, handler: Handler) -> web.StreamResponse:
+@web.middleware
+async def _point(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Decide here, inside the middleware that was added before."""
+    wire = wire_of(request)
+    if wire is None:
+        return await handler(request)
     try:
         response = await handler(request)
-    except web.HTTPException as error:
-        wire.note(error)
-        if not wire.sent:
-            await wire.unit.head(error.status)  # a response that is raised: a redirect commits
-        raise
     except Exception as error:
-        wire.note(error)
+        await wire.raised(error)
         raise
     await wire.decide(response)
     return response
 
 
-@web.middleware
-async def _point(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Decide here, inside the middleware that was added before."""
-    wire = wire_of(request)
-    return await (handler(request) if wire is None else _decided(wire, request, handler))
-
-
-async def _unavailable(unit: Unit, error: UnavailableError) -> web.Response:
-    await unit.head(503)
-    return web.Response(status=503, text="Service Unavailable", headers={"Retry-After": retry_after_header(error)})
-
-
-def _label(request: web.Request) -> str:
-    """Return "METHOD /path", with the names of the path's parameters."""
-    resource = request.match_info.route.resource
-    return f"{request.method} {request.path if resource is None else resource.canonical}"
+async def _leave(wire: Wire, error: BaseException) -> web.Response | None:
+    """End the unit of a request that ends with an error, or answer that."""
+    answer = None
+    if isinstance(error, UnavailableError) and not wire.sent:
+        answer = web.Response(status=503, text="Service Unavailable", headers={"Retry-After": retry_after_header(error)})
+    wire.leave(answer or error)
+    if answer is not None:
+        await wire.unit.head(503)
+    elif wire.sent or not isinstance(error, web.HTTPException):  # or else it is a response, decided about already
+        await wire.unit.close(error)
+    return answer
