@@ -24,7 +24,7 @@ _MAY_BE_NONE = ("handler_timeout", "warn_held_after")
 _numbers = itertools.count(1)
 # A name, an IPv6 address in brackets or without; a port where that is clear.
 _PART = r"[^\x00-\x20\x7f/@:\[\]]"
-_HOST = re.compile(rf"({_PART}+|\[(?:{_PART}|:)+\]|{_PART}*:{_PART}*:(?:{_PART}|:)*)(?::([1-9][0-9]{{0,4}}))?")
+_HOST = rf"({_PART}+|\[(?:{_PART}|:)+\]|{_PART}*:{_PART}*:(?:{_PART}|:)*)(?::([1-9][0-9]{{0,4}}))?"  # compiled where it is needed: an import pays for it
 _choosing: ContextVar[tuple[set[Any], ...]] = ContextVar("context_sqla_choosing", default=())  # whose handlers are running here
 
 
@@ -471,7 +471,7 @@ def _with_host(url: URL, host: str, name: str | None) -> URL:
     """Replace the host of a URL by "name", "name:port", "[v6]" or "[v6]:port"."""
     if url.get_backend_name() == "sqlite":
         raise ValueError(f"{name!r}: an SQLite database has no host that another could replace")
-    found = _HOST.fullmatch(host)
+    found = re.fullmatch(_HOST, host)
     port = int(found[2] or 0) if found is not None else 0
     if found is None or port > 65535:
         given = "a URL" if "/" in host or "@" in host else repr(host)  # P20: a URL is not repeated

@@ -5,7 +5,6 @@ Errors of SQLAlchemy and of the driver are never replaced: they are raised as th
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 __all__ = [
     "ContextAlreadyInitiatedError",
@@ -94,11 +93,11 @@ def committed_connects(exc: BaseException) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for outcome in _outcomes(exc) for name in outcome.committed))
 
 
-@dataclass(slots=True)
 class _Outcome:
-    in_doubt: bool = False
-    complete: bool = False  # everything was committed before it was raised
-    committed: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.in_doubt = False
+        self.complete = False  # everything was committed before it was raised
+        self.committed: list[str] = []
 
 
 def _outcome_of(exc: BaseException) -> _Outcome:
