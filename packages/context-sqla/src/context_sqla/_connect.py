@@ -22,9 +22,9 @@ S = TypeVar("S", bound=AsyncSession)
 _HOSTLESS = "local"
 _MAY_BE_NONE = ("handler_timeout", "warn_held_after")
 _numbers = itertools.count(1)
-# A name, an IPv6 address in brackets or without; a port where that is clear.
+# A name, an IPv6 address in brackets or without; a port where that is clear. Compiled where it is needed: imports pay for it.
 _PART = r"[^\x00-\x20\x7f/@:\[\]]"
-_HOST = rf"({_PART}+|\[(?:{_PART}|:)+\]|{_PART}*:{_PART}*:(?:{_PART}|:)*)(?::([1-9][0-9]{{0,4}}))?"  # compiled where it is needed: an import pays for it
+_HOST = rf"({_PART}+|\[(?:{_PART}|:)+\]|{_PART}*:{_PART}*:(?:{_PART}|:)*)(?::([1-9][0-9]{{0,4}}))?"
 _choosing: ContextVar[tuple[set[Any], ...]] = ContextVar("context_sqla_choosing", default=())  # whose handlers are running here
 
 
