@@ -217,7 +217,7 @@ class Patroni:
 
     async def leader(self, *, other_than: Member | None = None) -> Member:
         """Wait for the member whose Patroni holds the lock and whose PostgreSQL takes writes."""
-        async with self._patience():
+        async with self.patience():
             while True:
                 for member in self.members:
                     if member is not other_than and await member.says("/primary") == 200 and await member.is_primary():
@@ -226,7 +226,7 @@ class Patroni:
 
     async def whole(self) -> Member:
         """Wait until there is a leader, and all others stream from it; return the leader."""
-        async with self._patience():
+        async with self.patience():
             while not await self._is_whole(leader := await self.leader()):
                 await asyncio.sleep(0.1)
         return leader
@@ -251,7 +251,7 @@ class Patroni:
         others = [member for member in self.members if member is not other_than]
         tasks = [asyncio.create_task(_promoted(member)) for member in others]
         try:
-            async with self._patience():
+            async with self.patience():
                 (done, *_), _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return done.result()
         finally:
@@ -265,12 +265,13 @@ class Patroni:
         return answer.json()
 
     @contextlib.asynccontextmanager
-    async def _patience(self) -> AsyncIterator[None]:
+    async def patience(self) -> AsyncIterator[None]:
+        """Bound what is waited for, and tell what the members have said where it does not come."""
         try:
             async with asyncio.timeout(90):
                 yield
         except TimeoutError:
-            logs = "\n".join(f"{member}:\n{member.log()[-1500:]}" for member in self.members)
+            logs = "\n".join(f"{member}:\n{member.log()[-3000:]}" for member in self.members)
             raise AssertionError(f"the cluster did not get there:\n{logs}") from None
 
     async def _is_whole(self, leader: Member) -> bool:

@@ -164,7 +164,8 @@ async def test_a_cluster_that_goes_back_a_timeline_is_refused_until_somebody_say
                 await running.until_by(new, 300)
                 await cluster.give_lock(old)
                 old.resume()
-                await until(lambda: hosts.snapshot().host(old.address).fenced and hosts.snapshot().primary is None)
+                async with cluster.patience():
+                    await until(lambda: hosts.snapshot().host(old.address).fenced and hosts.snapshot().primary is None)
                 await cluster.leader(other_than=new)
                 refused = time.monotonic()
                 before = await old.fetchval("SELECT count(*) FROM item")
