@@ -123,16 +123,15 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
     def surround(self, app: Litestar) -> None:
         """Open the units around the application, and do the rest that takes its final lists; for `setup`."""
         cls = type(app)
-        inner: Any = MethodType(cls.__call__, app)  # Litestar's types of scopes and messages are narrower than ASGI's
-        outermost: Any = _outermost
 
         async def close() -> None:
             await close_connects(*self._connects)
 
         # Nothing that an application may be given stands around its answers to errors and unknown paths, but its own call.
+        inner: Any = MethodType(cls.__call__, app)  # Litestar's types of scopes and messages are narrower than ASGI's
         names = {"__slots__": (), "__module__": cls.__module__, "__call__": self._around(inner).__call__}
         app.__class__ = type(cls.__name__, (_Surrounded, cls), names)
-        app.middleware.insert(0, DefineMiddleware(outermost))
+        app.middleware.insert(0, DefineMiddleware(_outermost, unruled=self._around.keywords["should_commit"] is None))
         app.exception_handlers.setdefault(UnavailableError, _unavailable)
         app.on_shutdown.append(close)
 
@@ -184,16 +183,20 @@ class _Alone(_Point):
         if wire is None:
             await self.app(scope, receive, send)
             return
+        unit = wire.unit
 
         def decide(message: Any) -> Any:
-            return _decide(wire, send, message) if message["type"] == "http.response.start" else send(message)
+            # A request that has asked for nothing has nothing that could fail: the wire around it decides.
+            if unit.used and message["type"] == "http.response.start":
+                return _decide(wire, send, message)
+            return send(message)
 
         try:
             await self.app(scope, receive, decide)
             if wire.failed is not None:
                 raise wire.failed  # noqa: TRY301  # P4: whatever the application made of it
         except Exception as error:
-            if wire.unit.phase != "handler":
+            if unit.phase != "handler":
                 _note(wire, error)
                 raise
             explain(wire.failed or error)
@@ -224,10 +227,10 @@ async def _fail(scope: Any, receive: Any, send: Any) -> None:
     raise scope.pop(_FAILED)
 
 
-def _outermost(app: Any) -> Any:
+def _outermost(app: Any, *, unruled: bool) -> Any:
     """Return what stands around a route's middleware, and in the place of both points if it has none."""
     point = getattr(app, "app", None)
-    if not isinstance(point, _Point):
+    if not isinstance(point, _Point) or not unruled:  # a rule of the application's own may fail (P4b)
         return _Point(app)
     app.app = _fail  # what answers the errors of this route, and from now on nothing else
     return _Alone(point.app, app)

@@ -13,7 +13,7 @@ from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
 from quart import Quart, has_request_context, request
 from quart.asgi import ASGIHTTPConnection
-from quart.wrappers.response import IterableBody
+from quart.wrappers.response import DataBody, IterableBody
 
 _EXTENSION = "context_sqla"
 _AFTERWARDS = "context_sqla.afterwards"
@@ -139,25 +139,22 @@ class _Cancelled(ASGIHTTPConnection):
     """The connection of one request until Quart 0.23: when a server that shuts down cancels it, its two tasks end with it."""
 
     async def __call__(self, receive: Any, send: Any) -> None:
-        self._tasks: list[Any] = []
         try:
             await super().__call__(receive, send)
         except asyncio.CancelledError:
-            for task in self._tasks:
+            for task in (self._listener, self._handler):
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(self._listener, self._handler, return_exceptions=True)
             raise
 
-    # Quart makes tasks of what these return, and takes those that are made already.
+    # Quart makes tasks of what these return, and takes and awaits those that are made already.
     def handle_messages(self, *args: Any) -> Any:
-        return self._start(super().handle_messages(*args))
+        self._listener = asyncio.get_running_loop().create_task(super().handle_messages(*args))
+        return self._listener
 
     def handle_request(self, *args: Any) -> Any:
-        return self._start(super().handle_request(*args))
-
-    def _start(self, coroutine: Any) -> Any:
-        self._tasks.append(asyncio.ensure_future(coroutine))  # noqa: TID251  # Quart awaits it, and `__call__`
-        return self._tasks[-1]
+        self._handler = asyncio.get_running_loop().create_task(super().handle_request(*args))
+        return self._handler
 
 
 class _Patient(ASGIHTTPConnection):
@@ -204,7 +201,8 @@ def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
             response = await finalize(*args[:first], result, *args[first + 1 :], **options)
             await wire.unit.head(response.status_code)
         wire.decides = True
-        if isinstance(response.response, IterableBody):
+        body = response.response
+        if type(body) is not DataBody and isinstance(body, IterableBody):  # an abstract class, which is slow to ask
             scope[_AFTERWARDS].end()  # a stream may wait for what its background work makes
         return response
 
