@@ -200,7 +200,7 @@ class _Alone(_Point):
                 _note(wire, error)
                 raise
             explain(wire.failed or error)
-            wire.failed, scope[_FAILED] = None, wire.failed or error
+            scope[_FAILED], wire.failed = wire.failed or error, None
             await self._answering(scope, receive, send)
 
 

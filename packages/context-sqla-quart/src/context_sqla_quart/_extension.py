@@ -148,11 +148,11 @@ class _Cancelled(ASGIHTTPConnection):
             raise
 
     # Quart makes tasks of what these return, and takes and awaits those that are made already.
-    def handle_messages(self, *args: Any) -> Any:
+    def handle_messages(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._listener = asyncio.get_running_loop().create_task(super().handle_messages(*args))
         return self._listener
 
-    def handle_request(self, *args: Any) -> Any:
+    def handle_request(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._handler = asyncio.get_running_loop().create_task(super().handle_request(*args))
         return self._handler
 
@@ -220,7 +220,7 @@ def _afterwards(app: Any) -> Callable[..., None]:
     add = app.add_background_task
 
     def add_background_task(func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        afterwards: _Afterwards | None = request.scope.get(_AFTERWARDS) if has_request_context() else None
+        afterwards: _Afterwards | None = _request_of().scope.get(_AFTERWARDS) if has_request_context() else None
         if afterwards is None or afterwards.over:
             afterwards = _Afterwards()
             afterwards.over = True
