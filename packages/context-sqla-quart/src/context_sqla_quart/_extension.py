@@ -162,8 +162,9 @@ class _Patient(ASGIHTTPConnection):
 
     async def handle_messages(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         listener: Any = asyncio.current_task()
-        args[2].add_done_callback(lambda _: listener.cancel())
-        await super().handle_messages(*args)
+        if not args[2].done():  # most views are done before this has begun
+            args[2].add_done_callback(lambda _: listener.cancel())
+            await super().handle_messages(*args)
 
 
 async def _unavailable(error: UnavailableError) -> tuple[str, int, dict[str, str]]:
