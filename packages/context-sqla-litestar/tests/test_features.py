@@ -446,6 +446,51 @@ async def test_foreign_middleware_that_raises(ledger, client_of, when, rows):
     assert ledger.names() == rows
 
 
+async def test_before_send_sees_what_is_committed(ledger, messages_of):
+    """It is shown the head of a success only after the commit, and never that of one that failed (P4)."""
+    seen = []
+
+    async def before_send(message, scope):
+        if message["type"] == "http.response.start":
+            seen.append(f"{message['status']} [{ledger.names()}]")
+
+    @get("/")
+    async def read(request: Request) -> str:
+        await (ledger.write_orphan if request.query_params else ledger.write)("a")
+        return "ok"
+
+    app = make(ledger, read, before_send=[before_send], exception_handlers={IntegrityError: conflict})
+    await messages_of(app)
+    await messages_of(app, query_string=b"fail=1")
+
+    assert seen == ["200 [a]", "409 [a]"]
+
+
+@pytest.mark.parametrize("fails", ["commit", "rule"])
+async def test_rule_of_the_application_decides_and_its_errors_are_answered(ledger, messages_of, fails):
+    """`should_commit` is asked about every head, and an error of it is one of the commit (P3, P4b)."""
+    asked = []
+
+    def should_commit(status):
+        asked.append(status)
+        if fails == "rule" and status == 200:
+            raise LookupError
+        return True
+
+    @get("/")
+    async def read() -> str:
+        if fails == "commit":
+            await ledger.write_orphan("a")
+        return "ok"
+
+    own = {IntegrityError: conflict, LookupError: conflict}
+    plugin = ContextSQLAPlugin(ledger.db, should_commit=should_commit)
+    app = Litestar([read], plugins=[plugin], exception_handlers=own, openapi_config=None, logging_config=None)
+    log = await messages_of(app)
+
+    assert (log, asked) == (["start 409 []", "body conflict []"], [200, 409])
+
+
 async def test_foreign_middleware_that_refuses_rolls_back(ledger, client_of):
     """A check that fails before the handler runs, like that of a CSRF token (P3)."""
 

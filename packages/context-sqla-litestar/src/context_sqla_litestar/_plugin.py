@@ -14,6 +14,7 @@ from litestar.di import Provide
 from litestar.middleware import DefineMiddleware
 from litestar.plugins.base import ReceiveRoutePlugin  # Litestar 2.12 does not show it in litestar.plugins
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute
+from litestar.utils.scope.state import ScopeState
 
 # A handler for one of these is the application's own answer; one for every Exception is not.
 _ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
@@ -131,7 +132,7 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
         inner: Any = MethodType(cls.__call__, app)  # Litestar's types of scopes and messages are narrower than ASGI's
         names = {"__slots__": (), "__module__": cls.__module__, "__call__": self._around(inner).__call__}
         app.__class__ = type(cls.__name__, (_Surrounded, cls), names)
-        app.middleware.insert(0, DefineMiddleware(_outermost, unruled=self._around.keywords["should_commit"] is None))
+        app.middleware.insert(0, DefineMiddleware(_outermost, alone=not app.before_send))  # those see what is committed
         app.exception_handlers.setdefault(UnavailableError, _unavailable)
         app.on_shutdown.append(close)
 
@@ -164,10 +165,10 @@ class _Point(CommitPoint):
 
 
 class _Alone(_Point):
-    """The same for a route without middleware, where nothing can come between two wires: the one that is there does for both.
+    """The same for a route without middleware, where nothing comes between here and the application's wire: that decides.
 
-    Litestar answers errors this far inside only if there is middleware, which is to see the answers. An error of what an
-    exception handler has written needs it as well (P4b): a request that fails comes by what Litestar has built around the route.
+    Litestar answers errors this far inside only if there is middleware, which is to see the answers. Errors of the commit and of
+    what an exception handler has written need it as well (P4b): who fails comes by what Litestar has built around the route.
 
     Args:
         app: the route's handler.
@@ -183,37 +184,18 @@ class _Alone(_Point):
         if wire is None:
             await self.app(scope, receive, send)
             return
-        unit = wire.unit
-
-        def decide(message: Any) -> Any:
-            # A request that has asked for nothing has nothing that could fail: the wire around it decides.
-            if unit.used and message["type"] == "http.response.start":
-                return _decide(wire, send, message)
-            return send(message)
-
         try:
-            await self.app(scope, receive, decide)
+            await self.app(scope, receive, send)
             if wire.failed is not None:
                 raise wire.failed  # noqa: TRY301  # P4: whatever the application made of it
         except Exception as error:
-            if unit.phase != "handler":
+            if wire.unit.phase != "handler":
                 _note(wire, error)
                 raise
             explain(wire.failed or error)
             scope[_FAILED], wire.failed = wire.failed or error, None
+            ScopeState.from_scope(scope).response_started = False  # Litestar has seen the head that the wire has kept back
             await self._answering(scope, receive, send)
-
-
-async def _decide(wire: Wire, send: Any, head: Any) -> None:
-    if wire.unit.phase == "handler" and head["status"] >= 200:
-        wire.failed = None
-        try:
-            await wire.unit.head(head["status"])
-        except Exception as error:
-            wire.failed = error
-            raise
-        wire.decides = True
-    await send(head)
 
 
 def _note(wire: Wire, error: Exception) -> None:
@@ -227,10 +209,10 @@ async def _fail(scope: Any, receive: Any, send: Any) -> None:
     raise scope.pop(_FAILED)
 
 
-def _outermost(app: Any, *, unruled: bool) -> Any:
+def _outermost(app: Any, *, alone: bool) -> Any:
     """Return what stands around a route's middleware, and in the place of both points if it has none."""
     point = getattr(app, "app", None)
-    if not isinstance(point, _Point) or not unruled:  # a rule of the application's own may fail (P4b)
+    if not isinstance(point, _Point) or not alone:
         return _Point(app)
     app.app = _fail  # what answers the errors of this route, and from now on nothing else
     return _Alone(point.app, app)
