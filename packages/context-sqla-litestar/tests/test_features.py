@@ -7,6 +7,7 @@ import pytest
 from context_sqla import ContextNotInitiatedError, db_context, db_session, is_context_initiated, run_in_new_ctx
 from context_sqla.errors import ForeignLoopError
 from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
+from context_sqla_asgi import SCOPE_KEY
 from context_sqla_litestar import ContextSQLAPlugin, provide_session
 from litestar import Controller, Litestar, Request, Response, Router, WebSocket, asgi, get, head, post, route, websocket
 from litestar.background_tasks import BackgroundTask, BackgroundTasks
@@ -445,6 +446,51 @@ async def test_foreign_middleware_that_raises(ledger, client_of, when, rows):
     assert ledger.names() == rows
 
 
+async def test_before_send_sees_what_is_committed(ledger, messages_of):
+    """It is shown the head of a success only after the commit, and never that of one that failed (P4)."""
+    seen = []
+
+    async def before_send(message, scope):
+        if message["type"] == "http.response.start":
+            seen.append(f"{message['status']} [{ledger.names()}]")
+
+    @get("/")
+    async def read(request: Request) -> str:
+        await (ledger.write_orphan if request.query_params else ledger.write)("a")
+        return "ok"
+
+    app = make(ledger, read, before_send=[before_send], exception_handlers={IntegrityError: conflict})
+    await messages_of(app)
+    await messages_of(app, query_string=b"fail=1")
+
+    assert seen == ["200 [a]", "409 [a]"]
+
+
+@pytest.mark.parametrize("fails", ["commit", "rule"])
+async def test_rule_of_the_application_decides_and_its_errors_are_answered(ledger, messages_of, fails):
+    """`should_commit` is asked about every head, and an error of it is one of the commit (P3, P4b)."""
+    asked = []
+
+    def should_commit(status):
+        asked.append(status)
+        if fails == "rule" and status == 200:
+            raise LookupError
+        return True
+
+    @get("/")
+    async def read() -> str:
+        if fails == "commit":
+            await ledger.write_orphan("a")
+        return "ok"
+
+    own = {IntegrityError: conflict, LookupError: conflict}
+    plugin = ContextSQLAPlugin(ledger.db, should_commit=should_commit)
+    app = Litestar([read], plugins=[plugin], exception_handlers=own, openapi_config=None, logging_config=None)
+    log = await messages_of(app)
+
+    assert (log, asked) == (["start 409 []", "body conflict []"], [200, 409])
+
+
 async def test_foreign_middleware_that_refuses_rolls_back(ledger, client_of):
     """A check that fails before the handler runs, like that of a CSRF token (P3)."""
 
@@ -686,6 +732,76 @@ async def test_failed_commit_of_a_mounted_application_is_answered(ledger, client
     response = await client.get("/inner/page")
 
     assert response.text == "conflict"
+
+
+@pytest.mark.parametrize("swallows", ["and returns", "and raises another", "and answers"])
+async def test_mounted_application_that_swallows_the_error_of_the_commit(ledger, messages_of, swallows):
+    """It is answered nevertheless, or by the application itself; a success is not what leaves (P4, P4b)."""
+
+    @asgi("/inner", is_mount=True, copy_scope=True)
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await ledger.write_orphan("a")
+        if swallows == "and answers":
+            await send({"type": "http.response.start", "status": 103, "headers": []})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        except IntegrityError:
+            with pytest.raises(IntegrityError):
+                await send({"type": "http.response.body", "body": b"fine"})
+        if swallows == "and raises another":
+            raise LookupError
+        if swallows == "and answers":
+            await ledger.write("b")
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"mine"})
+
+    log = await messages_of(make(ledger, mounted, exception_handlers={IntegrityError: conflict}), "/inner/page")
+
+    mine = ["start 103 []", "start 200 [b]", "body mine [b]"]
+    assert log == (mine if swallows == "and answers" else ["start 409 []", "body conflict []"])
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+async def test_body_that_fails_is_raised_as_it_is(ledger, messages_of, middleware):
+    """The server gets the error itself, whatever Litestar makes of it (P5)."""
+
+    def pass_on(app):
+        async def run(scope, receive, send):
+            await app(scope, receive, send)
+
+        return run
+
+    @asgi("/", copy_scope=True)
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await ledger.write("a")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await messages_of(make(ledger, read, middleware=[pass_on] if middleware else []))
+
+    assert ledger.names() == ""
+
+
+async def test_request_whose_unit_somebody_else_drives_is_left_to_them(ledger, client_of):
+    """Where no wire is, nothing is decided (P12)."""
+
+    @post("/")
+    async def create() -> str:
+        await ledger.write("a")
+        return "ok"
+
+    app = make(ledger, create)
+
+    async def hide(scope, receive, send):
+        await app({**scope, SCOPE_KEY: None}, receive, send)
+
+    client = await client_of(hide)
+    async with db_context():
+        response = await client.post("/")
+        meanwhile = ledger.names()
+
+    assert (response.status_code, meanwhile, ledger.names()) == (201, "", "a")
 
 
 # Websockets

@@ -37,7 +37,19 @@ def by_hook(handlers, *connects, **options):
     return Litestar(handlers, on_app_init=[configure], openapi_config=None, logging_config=None, **options)
 
 
-@pytest.fixture(name="make", params=[by_plugin, by_setup, by_hook])
+def pass_on(app):
+    async def middleware(scope, receive, send):
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def with_middleware(handlers, *connects, **options):
+    """A route that has middleware is decided inside it, and once more around it."""
+    return by_plugin(handlers, *connects, **options | {"middleware": [pass_on, *options.get("middleware", [])]})
+
+
+@pytest.fixture(name="make", params=[by_plugin, by_setup, by_hook, with_middleware])
 def _make(request):
     return request.param
 

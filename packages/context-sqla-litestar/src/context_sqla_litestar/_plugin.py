@@ -1,21 +1,24 @@
-"""The plugin: one part around the application, one inside its middleware, one around each handler."""
+"""The plugin: one part around the application, and around each handler one, or two with the route's middleware in between."""
 
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 from context_sqla import DBConnect, db_session
 from context_sqla.adapters import AsyncSession, BeforeCommitCallback, check_connects, close_connects, explain, retry_after_header
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
-from context_sqla_asgi import ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire
+from context_sqla_asgi import SCOPE_KEY, ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire
 from litestar import Litestar, MediaType, Request, Response
 from litestar.config.app import AppConfig
 from litestar.di import Provide
 from litestar.middleware import DefineMiddleware
 from litestar.plugins.base import ReceiveRoutePlugin  # Litestar 2.12 does not show it in litestar.plugins
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute
+from litestar.utils.scope.state import ScopeState
 
 # A handler for one of these is the application's own answer; one for every Exception is not.
 _ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
+_FAILED = "context_sqla.failed"
 
 
 def setup(
@@ -112,7 +115,7 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
         app = (owner.route_handlers[0] if isinstance(route, HTTPRoute) else owner.route_handler).app
         if not isinstance(app, _Surrounded):
             self.surround(app)
-        # A route has slots, and its `handle` is what stands inside all middleware.
+        # A route has slots, and its `handle` is what stands inside all middleware. Litestar asks for it where it builds that.
         if isinstance(route, HTTPRoute):
             route.__class__ = _HTTPRoute
         elif isinstance(route, ASGIRoute):
@@ -121,19 +124,15 @@ class ContextSQLAPlugin(ReceiveRoutePlugin):
     def surround(self, app: Litestar) -> None:
         """Open the units around the application, and do the rest that takes its final lists; for `setup`."""
         cls = type(app)
-        inner: Any = partial(cls.__call__, app)  # Litestar's types of scopes and messages are narrower than ASGI's
-        point: Any = _Point
-        whole = self._around(inner)
-
-        async def call(self: Litestar, scope: Any, receive: Any, send: Any) -> None:
-            await whole(scope, receive, send)
 
         async def close() -> None:
             await close_connects(*self._connects)
 
         # Nothing that an application may be given stands around its answers to errors and unknown paths, but its own call.
-        app.__class__ = type(cls.__name__, (_Surrounded, cls), {"__slots__": (), "__module__": cls.__module__, "__call__": call})
-        app.middleware.insert(0, DefineMiddleware(point))
+        inner: Any = MethodType(cls.__call__, app)  # Litestar's types of scopes and messages are narrower than ASGI's
+        names = {"__slots__": (), "__module__": cls.__module__, "__call__": self._around(inner).__call__}
+        app.__class__ = type(cls.__name__, (_Surrounded, cls), names)
+        app.middleware.insert(0, DefineMiddleware(_outermost, alone=not app.before_send))  # those see what is committed
         app.exception_handlers.setdefault(UnavailableError, _unavailable)
         app.on_shutdown.append(close)
 
@@ -165,20 +164,68 @@ class _Point(CommitPoint):
     answer: "ClassVar[Any]" = staticmethod(_explain)
 
 
+class _Alone(_Point):
+    """The same for a route without middleware, where nothing comes between here and the application's wire: that decides.
+
+    Litestar answers errors this far inside only if there is middleware, which is to see the answers. Errors of the commit and of
+    what an exception handler has written need it as well (P4b): who fails comes by what Litestar has built around the route.
+
+    Args:
+        app: the route's handler.
+        answering: lets the application's exception handlers answer what is in the scope under `_FAILED`.
+    """
+
+    def __init__(self, app: Any, answering: Any) -> None:
+        super().__init__(app)
+        self._answering = _Point(answering)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        wire: Wire | None = scope.get(SCOPE_KEY)
+        if wire is None:
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+            if wire.failed is not None:
+                raise wire.failed  # noqa: TRY301  # P4: whatever the application made of it
+        except Exception as error:
+            if wire.unit.phase != "handler":
+                _note(wire, error)
+                raise
+            explain(wire.failed or error)
+            scope[_FAILED], wire.failed = wire.failed or error, None
+            ScopeState.from_scope(scope).response_started = False  # Litestar has seen the head that the wire has kept back
+            await self._answering(scope, receive, send)
+
+
+def _note(wire: Wire, error: Exception) -> None:
+    if wire.unit.phase == "stream":
+        wire.failed = wire.failed or error  # P5: whatever Litestar makes of it, this body does not end well
+    else:
+        wire.late = error  # P6
+
+
+async def _fail(scope: Any, receive: Any, send: Any) -> None:
+    raise scope.pop(_FAILED)
+
+
+def _outermost(app: Any, *, alone: bool) -> Any:
+    """Return what stands around a route's middleware, and in the place of both points if it has none."""
+    point = getattr(app, "app", None)
+    if not isinstance(point, _Point) or not alone:
+        return _Point(app)
+    app.app = _fail  # what answers the errors of this route, and from now on nothing else
+    return _Alone(point.app, app)
+
+
 class _HTTPRoute(HTTPRoute):
     __slots__ = ()
-
-    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        handle: Any = super().handle
-        await _Point(handle)(scope, receive, send)
+    handle: Any = property(lambda self: _Point(MethodType(HTTPRoute.handle, self)))
 
 
 class _ASGIRoute(ASGIRoute):
     __slots__ = ()
-
-    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        handle: Any = super().handle
-        await _Point(handle)(scope, receive, send)
+    handle: Any = property(lambda self: _Point(MethodType(ASGIRoute.handle, self)))
 
 
 class _Surrounded:

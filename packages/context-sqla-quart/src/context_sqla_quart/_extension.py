@@ -1,7 +1,7 @@
 """The unit of work of a Quart application: opened around it, decided where its own error handlers still can answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -13,7 +13,7 @@ from context_sqla_asgi import SCOPE_KEY, Rule, Wire
 from context_sqla_asgi import setup as setup_asgi
 from quart import Quart, has_request_context, request
 from quart.asgi import ASGIHTTPConnection
-from quart.wrappers.response import IterableBody
+from quart.wrappers.response import DataBody, IterableBody
 
 _EXTENSION = "context_sqla"
 _AFTERWARDS = "context_sqla.afterwards"
@@ -91,9 +91,9 @@ class ContextSQLA:
         app.extensions[_EXTENSION] = self
 
     def _install(self, app: Any, *connects: DBConnect[Any]) -> None:  # Any: what is replaced has other types in every version
-        whole = setup_asgi(app.asgi_app, *self._connects, *connects, **self._options)
-        app.asgi_app = _around(app, whole)
-        app.asgi_http_class = type("Connection", (_Whole, app.asgi_http_class), {})
+        app.asgi_app = _around(setup_asgi(app.asgi_app, *self._connects, *connects, **self._options))
+        connection = _Patient if "request_task" in signature(ASGIHTTPConnection.handle_messages).parameters else _Cancelled
+        app.asgi_http_class = type("Connection", (connection, app.asgi_http_class), {})
         app.finalize_request = _deciding(app)
         app.add_background_task = _afterwards(app)
         app.preprocess_request = _noting(app.preprocess_request)
@@ -102,83 +102,74 @@ class ContextSQLA:
 class _Afterwards:
     """The background work of one request, which waits until the response is over, or on its way if it is a stream."""
 
-    def __init__(self) -> None:
-        self.over = asyncio.Event()
-        self.jobs: list[Callable[[], Awaitable[Any]]] = []
+    # Defaults of the class: every request has one of these, and few have work.
+    jobs: list[Callable[[], Awaitable[Any]]] | None = None
+    event: asyncio.Event | None = None
+    over: bool = False
+
+    def end(self) -> None:
+        self.over = True
+        if self.event is not None:
+            self.event.set()
 
     async def run(self) -> None:
-        await self.over.wait()
-        jobs, self.jobs = self.jobs, []
-        if jobs:
-            await run_in_new_ctx(_run_all, jobs)
+        if not self.over:
+            self.event = self.event or asyncio.Event()
+            await self.event.wait()
+        jobs, self.jobs = self.jobs, None
+        await run_in_new_ctx(_run_all, jobs or ())
 
 
-def _around(app: Quart, whole: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+def _around(whole: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """Return what stands around the application and its unit."""
-    handlers = app.error_handler_spec[None][None]
 
     async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
-        # Late, for the application may add its own after setup.
-        if UnavailableError not in handlers and not handlers.keys() & _ANSWERED:
-            handlers[UnavailableError] = _unavailable
-        if scope["type"] != "http" or _AFTERWARDS in scope:
-            await whole(scope, receive, send)
-            return
-        afterwards = scope[_AFTERWARDS] = _Afterwards()
+        afterwards = _Afterwards()
+        if scope["type"] == "http":
+            scope.setdefault(_AFTERWARDS, afterwards)  # a mounted application is part of the response around it
         try:
             await whole(scope, receive, send)
         finally:
-            afterwards.over.set()
+            afterwards.end()
 
     return asgi_app
 
 
-class _Whole(ASGIHTTPConnection):
-    """The connection of one request, whose two tasks end together.
-
-    Until Quart 0.23 a view goes on alone when a server that shuts down cancels its request. Since then a request whose response
-    was given up before its end lasts until the client leaves, and its unit would keep its connections as long.
-    """
-
-    _answered = False
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._tasks: set[Any] = set()
+class _Cancelled(ASGIHTTPConnection):
+    """The connection of one request until Quart 0.23: when a server that shuts down cancels it, its two tasks end with it."""
 
     async def __call__(self, receive: Any, send: Any) -> None:
         try:
             await super().__call__(receive, send)
         except asyncio.CancelledError:
-            self._end()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for task in (self._listener, self._handler):
+                task.cancel()
+            await asyncio.gather(self._listener, self._handler, return_exceptions=True)
             raise
 
+    # Quart makes tasks of what these return, and takes and awaits those that are made already.
+    def handle_messages(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._listener = asyncio.get_running_loop().create_task(super().handle_messages(*args))
+        return self._listener
+
+    def handle_request(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._handler = asyncio.get_running_loop().create_task(super().handle_request(*args))
+        return self._handler
+
+
+class _Patient(ASGIHTTPConnection):
+    """The same since Quart 0.23, where a request whose response was given up would last until the client leaves."""
+
     async def handle_messages(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._tasks.add(asyncio.current_task())
-        if not self._answered:
+        listener: Any = asyncio.current_task()
+        if not args[2].done():  # most views are done before this has begun
+            args[2].add_done_callback(lambda _: listener.cancel())
             await super().handle_messages(*args)
-
-    async def handle_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._tasks.add(asyncio.current_task())
-        try:
-            await super().handle_request(*args)
-        finally:
-            self._answered = True
-            self._end()
-
-    def _end(self) -> None:
-        for task in self._tasks - {asyncio.current_task()}:
-            task.cancel()
 
 
 async def _unavailable(error: UnavailableError) -> tuple[str, int, dict[str, str]]:
     """Answer 503 with `Retry-After`: the default handler of `UnavailableError`."""
     return "Service Unavailable", 503, {"Retry-After": retry_after_header(error), "Content-Type": "text/plain; charset=utf-8"}
-
-
-def _scope() -> Any:
-    return request.scope
 
 
 def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
@@ -187,32 +178,42 @@ def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
     After every hook, for they may write and set the status; before the response is given to Quart's ASGI part, where an error
     reaches no handler. `after_request` is no place for it: Quart ignores errors there when it answers 500.
     """
-    finalize, handle = app.finalize_request, app.handle_user_exception
+    finalize, handle, handlers = app.finalize_request, app.handle_user_exception, app.error_handler_spec[None][None]
     first = len(signature(handle).parameters) - 1  # Quart 0.23 puts the context before all else
 
     async def handle_user_exception(*args: Any) -> Any:
+        # Late, for the application may add its own after setup.
+        if not handlers.keys() & _ANSWERED:
+            handlers[UnavailableError] = _unavailable
         explain(args[first])  # the unit never sees an error that is answered here
         return await handle(*args)
 
     async def finalize_request(*args: Any, **options: Any) -> Any:
         response = await finalize(*args, **options)
-        wire: Wire | None = _scope().get(SCOPE_KEY)
+        scope = _request_of(*args[1 - first : 2 - first]).scope
+        wire: Wire | None = scope.get(SCOPE_KEY)
         if wire is None:
             return response
         try:
             await wire.unit.head(response.status_code)
         except Exception as error:  # noqa: BLE001 - P4b: answered as if the view had raised it, or raised again
-            _scope()[_AFTERWARDS].jobs.clear()
+            scope[_AFTERWARDS].jobs = None
             result = await app.handle_user_exception(*args[:first], error)
             response = await finalize(*args[:first], result, *args[first + 1 :], **options)
             await wire.unit.head(response.status_code)
         wire.decides = True
-        if isinstance(response.response, IterableBody):
-            _scope()[_AFTERWARDS].over.set()  # a stream may wait for what its background work makes
+        body = response.response
+        if type(body) is not DataBody and isinstance(body, IterableBody):  # an abstract class, which is slow to ask
+            scope[_AFTERWARDS].end()  # a stream may wait for what its background work makes
         return response
 
     app.handle_user_exception = handle_user_exception
     return finalize_request
+
+
+def _request_of(context: Any = None) -> Any:
+    """Return the request that Quart names, or else the one in which this runs, of which it takes long to ask anything."""
+    return request if context is None else context.request
 
 
 def _afterwards(app: Any) -> Callable[..., None]:
@@ -220,18 +221,19 @@ def _afterwards(app: Any) -> Callable[..., None]:
     add = app.add_background_task
 
     def add_background_task(func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        afterwards: _Afterwards | None = _scope().get(_AFTERWARDS) if has_request_context() else None
-        if afterwards is None or afterwards.over.is_set():
+        afterwards: _Afterwards | None = _request_of().scope.get(_AFTERWARDS) if has_request_context() else None
+        if afterwards is None or afterwards.over:
             afterwards = _Afterwards()
-            afterwards.over.set()
-        afterwards.jobs.append(partial(app.ensure_async(func), *args, **kwargs))
-        if len(afterwards.jobs) == 1:
+            afterwards.over = True
+        jobs = afterwards.jobs = afterwards.jobs or []
+        jobs.append(partial(app.ensure_async(func), *args, **kwargs))
+        if len(jobs) == 1:
             add(afterwards.run)
 
     return add_background_task
 
 
-async def _run_all(jobs: list[Callable[[], Awaitable[Any]]]) -> None:
+async def _run_all(jobs: Iterable[Callable[[], Awaitable[Any]]]) -> None:
     for job in jobs:
         await job()
 
@@ -240,8 +242,8 @@ def _noting(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
     """Put the names of the path's parameters where the unit's label looks for them, before all hooks."""
 
     def preprocess_request(*args: Any) -> Awaitable[Any]:
-        if request.view_args:
-            _scope()["path_params"] = request.view_args
+        this = _request_of(*args[:1])
+        this.scope["path_params"] = this.view_args or {}
         return preprocess(*args)
 
     return preprocess_request
