@@ -163,6 +163,7 @@ async def test_a_cluster_that_goes_back_a_timeline_is_refused_until_somebody_say
                 new, _ = await cluster.promotion(other_than=old)
                 await running.until_by(new, 300)
                 await cluster.give_lock(old)
+                old.etcd.cut()  # or it may hear first, on its way there, that another one had the lock meanwhile, and steps down
                 old.resume()
                 async with cluster.patience():
                     await until(lambda: hosts.snapshot().host(old.address).fenced and hosts.snapshot().primary is None)

@@ -260,6 +260,10 @@ class Callable:
         yield
 
 
+class Unhashable(Callable):
+    __hash__ = None
+
+
 @functools.wraps(generator)
 def wrapper():
     return generator()
@@ -273,6 +277,7 @@ def wrapper():
         (Callable(), True),
         (functools.partial(generator), True),
         (functools.partial(Callable()), True),
+        (Unhashable(), True),
         (coroutine, False),
         (functools.partial(coroutine), False),
         (None, False),
@@ -293,6 +298,30 @@ async def test_only_generator_endpoints_run_ahead(ledger, endpoint, ahead):
     await FastAPIHTTPDBSessionMiddleware(app)({"type": "http", "method": "GET", "path": "/", "endpoint": endpoint}, None, None)
 
     assert seen == [False, ahead]
+
+
+async def test_nobody_is_asked_again_once_the_route_is_known(ledger, client_of):
+    """A session that is asked for again is found at once, as in other frameworks; middleware asks before there is a route."""
+    app, seen = FastAPI(), []
+
+    async def ask(request):
+        await db_session(ledger.db)
+        seen.append(request.scope[SCOPE_KEY].unit.runs_ahead is not None)
+
+    @app.middleware("http")
+    async def asking(request, call_next):
+        await ask(request)
+        return await call_next(request)
+
+    @app.get("/")
+    async def endpoint(request: Request):
+        await ask(request)
+
+    app.add_middleware(FastAPIHTTPDBSessionMiddleware)
+    client = await client_of(app)
+
+    assert (await client.get("/")).status_code == 200
+    assert seen == [True, False]
 
 
 async def test_unit_is_named_by_the_template_of_its_path(ledger, client_of):
