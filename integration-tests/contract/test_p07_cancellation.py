@@ -170,7 +170,9 @@ async def _sweep(db, ledger, bench, unit, way, positions):
         _forget_upstream_tasks()
         if seen < n:
             return n, raised, names
-        assert raised == [asyncio.CancelledError], n
+        # A group cancels two turns of the loop after its other task has failed: by then the work may have ended, whole.
+        too_late = way is _by_task_group and (raised, names) == ([], ["a", "b"])
+        assert raised == [asyncio.CancelledError] or too_late, n
     raise AssertionError
 
 
