@@ -5,8 +5,10 @@ import gc
 
 import pytest
 from aiohttp import ClientError, web
+from aiohttp.test_utils import TestClient, TestServer
 from context_sqla import ContextNotInitiatedError, UnavailableError, db_context, db_session, is_context_initiated
 from context_sqla.errors import SetupError
+from context_sqla.testing import set_test_context
 from context_sqla_aiohttp import DBSessionMiddleware, db_session_middleware, setup
 from sqlalchemy.exc import IntegrityError
 
@@ -406,6 +408,26 @@ async def test_bare_middleware(ledger, client_of):
 
     assert [(await client.get("/?fail=1")).status, (await client.get("/")).status] == [409, 200]
     assert ledger.names() == "a"
+
+
+async def test_test_context_of_another_loop_is_an_error_that_is_answered(client_of):
+    """A unit that cannot begin leaves aiohttp its writer: the client has a 500, and the log says why (P12, P15)."""
+
+    async def handler(request):
+        return web.Response()
+
+    def serve():
+        async def main():
+            app = application(handler)
+            async with TestClient(TestServer(app)) as client:
+                return (await client.get("/")).status
+
+        return asyncio.run(main())
+
+    async with set_test_context():
+        status = await asyncio.to_thread(serve)
+
+    assert status == 500
 
 
 async def test_points_do_nothing_without_a_unit(ledger, client_of):

@@ -20,9 +20,10 @@ from context_sqla import (
     new_non_ctx_session,
     run_in_new_ctx,
 )
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import NullPool
 from support.databases import no_tasks_left
 from support.deadline import until
 
@@ -768,3 +769,48 @@ def test_postgres_is_told_apart_from_postgresql():
     """The scheme that hosting companies hand out is answered with the one that SQLAlchemy knows (P19)."""
     with pytest.raises(context_sqla.DriverError, match=r"postgresql\+asyncpg"):
         DBConnect.from_url("postgres://app@db1/shop")
+
+
+# Engines that are watched
+
+
+async def test_listener_that_executes_by_itself_names_the_context(url):
+    """As a listener does that tries a statement again: its statements run, and are known to the unit that commits them."""
+
+    def executing(cursor, statement, parameters, context):
+        context.dialect.do_execute(cursor, statement, parameters, context=context)
+        return True
+
+    def executing_without(cursor, statement, context):
+        context.dialect.do_execute_no_params(cursor, statement)
+        return True
+
+    def create(host):
+        engine = create_async_engine(url)
+        event.listen(engine.sync_engine, "do_execute", executing)
+        event.listen(engine.sync_engine, "do_execute_no_params", executing_without)
+        return engine
+
+    connect = DBConnect(create, async_sessionmaker, "local")
+    async with db_context():
+        session = await db_session(connect)
+        connection = await session.connection(execution_options={"no_parameters": True})
+        await connection.exec_driver_sql("CREATE TABLE items (name TEXT)")
+        await session.execute(text("INSERT INTO items VALUES (:name)"), {"name": "a"})
+    async with db_context():
+        assert list(await (await db_session(connect)).scalars(text("SELECT name FROM items"))) == ["a"]
+    await connect.close()
+
+
+async def test_engines_with_options_are_watched_through_one_dialect(url):
+    """Each of them is a new engine on the same dialect: whose methods are wrapped once, however many there were."""
+    base = create_async_engine(url, poolclass=NullPool)
+    connect = DBConnect(lambda host: base.execution_options(), async_sessionmaker, "local")
+    await _select(connect)
+    wrapped = base.sync_engine.dialect.do_execute
+    await connect.close()
+
+    await _select(connect)
+    await connect.close()
+
+    assert base.sync_engine.dialect.do_execute == wrapped

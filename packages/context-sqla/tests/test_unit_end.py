@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import sys
 import weakref
 
 import aiosqlite
@@ -17,11 +18,13 @@ from context_sqla import (
     on_commit,
     rollback_db_session,
 )
+from context_sqla._settle import settle
 from context_sqla.adapters import Phase, Unit
 from context_sqla.errors import ContextClosedError
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 from support.deadline import until
 
@@ -448,3 +451,49 @@ async def test_statement_whose_connection_opens_after_the_rollback_is_refused(db
 async def _after(event, work):
     await asyncio.wait_for(event.wait(), 10)
     await work()
+
+
+async def test_what_a_flush_adds_is_flushed_before_anything_is_committed(db, tmp_path):
+    """A listener that adds to its session at the end of a flush cannot let one database commit and another fail (P9)."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Item(Base):
+        __tablename__ = "items"
+        name: Mapped[str] = mapped_column(primary_key=True)
+
+    other = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}", name="other")
+    async with db_context():
+        await (await db_session(other)).execute(text("CREATE TABLE items (name TEXT UNIQUE)"))
+        await insert(other, "taken")
+    with pytest.raises(IntegrityError):
+        async with db_context():
+            await insert(db, "a")
+            session = await db_session(other)
+            session.add(Item(name="b"))
+            event.listen(
+                session.sync_session, "after_flush_postexec", lambda flushed, _: flushed.add(Item(name="taken")), once=True
+            )
+    await other.close()
+
+    assert await names(db) == []
+
+
+def test_loop_that_is_closed_in_a_commit_is_not_called(monkeypatch):
+    """Nobody awaits what was left in it; asyncio complains of the task, and nothing else is to be said."""
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+
+    async def endless():
+        await asyncio.get_running_loop().create_future()
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)
+    task = loop.create_task(settle(endless))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    del task
+    gc.collect()
+
+    assert raised == []

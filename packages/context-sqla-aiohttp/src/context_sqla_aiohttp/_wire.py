@@ -42,8 +42,8 @@ class Wire:
         self._own: tuple[Callable[..., Awaitable[None]], ...] = ()  # the writer's methods, once all are replaced
         self._request: web.Request = request
         self._writer: Any = writer
-        writer.write_headers = self.write_headers
         self.unit: Unit = Unit.enter(policy, self._label)
+        writer.write_headers = self.write_headers
 
     def _label(self) -> str:
         """Return "METHOD /path", with the names of the path's parameters."""

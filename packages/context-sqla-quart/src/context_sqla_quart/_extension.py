@@ -243,7 +243,7 @@ def _noting(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 
     def preprocess_request(*args: Any) -> Awaitable[Any]:
         this = _request_of(*args[:1])
-        this.scope["path_params"] = this.view_args or {}
+        this.scope["path_params"] = this.view_args or this.scope.get("path_params", {})  # a mount has those of its own
         return preprocess(*args)
 
     return preprocess_request

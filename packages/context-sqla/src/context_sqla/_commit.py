@@ -91,8 +91,8 @@ async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     for slot in committing:
         if slot.has_hooks and not slot.hooked:
             await slot.ask_hooks()
-            await slot.flush()
         slot.hooked = True
+        await slot.flush()  # what the hooks, or listeners of the first one, have added
     for slot in slots:
         await slot.check()
 

@@ -185,6 +185,7 @@ class Watch:
 
 
 _watches: WeakKeyDictionary[Engine, Watch] = WeakKeyDictionary()
+_wrapped: WeakSet[Any] = WeakSet()  # dialects
 
 
 def watch(engine: AsyncEngine) -> Watch:
@@ -207,6 +208,9 @@ def line_of(connection: Connection) -> Line | None:
 
 
 def _listen_to_connections(engine: Engine) -> None:
+    if engine.dialect in _wrapped:  # which is that of an engine with other options too
+        return
+    _wrapped.add(engine.dialect)
     survives = _drivers.survives_cancellation(engine.dialect.driver)
 
     def handle_error(context: ExceptionContext) -> Exception | None:
@@ -214,7 +218,7 @@ def _listen_to_connections(engine: Engine) -> None:
 
     event.listen(engine, "handle_error", handle_error)
     # No events of the engine: SQLAlchemy would join them to those of each connection, in each transaction anew.
-    for name, noting in (
+    for name, around in (
         ("do_execute", _executing),
         ("do_executemany", _executing),
         ("do_execute_no_params", _executing),
@@ -222,7 +226,7 @@ def _listen_to_connections(engine: Engine) -> None:
         ("do_commit", _committing),
         ("do_rollback_to_savepoint", _rolling_back),
     ):
-        setattr(engine.dialect, name, noting(getattr(engine.dialect, name)))
+        setattr(engine.dialect, name, around(getattr(engine.dialect, name)))
 
 
 def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, options: Any) -> None:
@@ -232,11 +236,12 @@ def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, opti
 
 
 def _executing(execute: Callable[..., None]) -> Callable[..., None]:
-    def executing(*args: Any) -> None:
-        context = args[-1]
-        line = None if context is None else _noted(context.root_connection)
+    def executing(*args: Any, **options: Any) -> None:
+        context = options.get("context", args[-1])  # by name where a listener for do_execute calls it, to try again
+        connection = getattr(context, "root_connection", None)
+        line = None if connection is None else _noted(connection)
         if line is None:
-            execute(*args)
+            execute(*args, **options)
             return
         here = getcurrent()
         line.running.pop(here, None)
@@ -244,7 +249,7 @@ def _executing(execute: Callable[..., None]) -> Callable[..., None]:
         if context.execution_options.get("stream_results"):
             line.cursor = True
         try:
-            execute(*args)
+            execute(*args, **options)
         except BaseException as error:  # noted here, for listeners may keep it from us
             line.failed(error)
             raise

@@ -77,7 +77,7 @@ async def _run(
     done = loop.create_future()  # is cancelled with the caller that awaits it, and the task is not
 
     def wake(_: object = None) -> None:
-        if not done.done():
+        if not done.done() and not loop.is_closed():
             done.set_result(None)
 
     async def run() -> T:
