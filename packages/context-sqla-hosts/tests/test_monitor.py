@@ -93,6 +93,29 @@ async def test_a_doubt_ends_with_a_probe_that_began_after_it(unused_port):
         assert not hosts.in_doubt(host)
 
 
+async def test_a_doubt_does_not_end_with_a_probe_that_was_not_answered():
+    """As behind a proxy that takes connections although its server is gone: whoever waits must not be sent there again."""
+
+    async def say_nothing(reader, writer):
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    name = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with Hosts([name], driver="asyncpg", user="x", timeout=0.05, max_fails=1000, interval=60) as hosts:
+        hosts.report(name, ConnectionResetError())
+        for _ in range(2):
+            await hosts.refresh()
+            assert hosts.in_doubt(name)
+        server.close()
+        await server.wait_closed()
+        async with asyncio.timeout(10):
+            while hosts.in_doubt(name):
+                await hosts.refresh()
+
+    assert hosts.snapshot().hosts[0].error == "refused"
+
+
 async def test_it_starts_with_the_application(unused_port):
     """As its lifespan."""
     hosts = Hosts([f"127.0.0.1:{unused_port}"])

@@ -135,9 +135,9 @@ class Poller:
             # Its connection was ended, which an administrator may do: the server is dead if it takes no new one.
             sent = self._keeper.clock()
             result = await self._ask()
-        if self._doubts == doubts:
-            self.doubted = False
         failed = isinstance(result, Failure)
+        if self._doubts == doubts and not (isinstance(result, Failure) and result.kind == "timeout"):  # which is no answer
+            self.doubted = False
         self._failed_at = self._keeper.clock() if failed else None
         self._backoff = min(self._backoff * 2, max(_DEAD_CAP, self._keeper.interval)) if failed else _FIRST_BACKOFF
         self._keeper.answered(self, result, sent)
