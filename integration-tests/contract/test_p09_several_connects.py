@@ -779,11 +779,8 @@ async def test_prepared_connect_that_cannot_be_rolled_back_is_reported(connect, 
             await insert(two, "b")
             await insert_orphan(db)
 
-        prepared = network.hold_at(b"PREPARE TRANSACTION", forward=True)
-        failing = asyncio.create_task(_error_of(work))
-        await asyncio.wait_for(prepared.sprung.wait(), 10)
         async with ledger.lock("parents"):  # the COMMIT of `db` looks for the parent, and waits
-            prepared.release()
+            failing = asyncio.create_task(_error_of(work))
             await ledger.waiting("db")
             gids = await other_database.ledger.prepared()
             network.mode = "refuse"
