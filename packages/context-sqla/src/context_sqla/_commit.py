@@ -8,6 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from . import _drivers
+from ._handover import unbroken
 from ._lines import Prepared
 from ._refusal import REAL_COMMITS, REMEDY
 from ._settle import logger, settle
@@ -39,10 +40,10 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
     done: list[Slot] = []
     try:
         await _prepare(working, committing)
-        if committing:
-            # Each step bounds itself, but not a callback that waits for this commit.
-            patience = sum(3 * slot.connect.commit_timeout + slot.connect.drain_timeout for slot in committing)
-            await settle(lambda: _commit_all(committing, done), patience=patience)
+        if len(committing) == 1 and committing[0].lines.may_wait_here() and not committing[0].sync.twophase:
+            await _commit_here(committing[0], done)
+        elif committing:
+            await settle(lambda: _commit_all(committing, done), patience=sum(map(_patience, committing)))
     except BaseException as exc:
         _tell_completion(exc, committing, done)
         await roll_back(working, exc)
@@ -61,18 +62,21 @@ async def roll_back(slots: Sequence[Slot], cause: BaseException | None = None) -
 
 async def end(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
     """Close every session for good; what is still open on it is rolled back (P8, P10)."""
+    if not any(slot.open for slot in slots):
+        end_at_rest(slots, cause)
+        return
     refuse(slots)
-    errors: list[tuple[Slot, Exception]] = []
-    working = [slot for slot in slots if slot.open]
-    for slot in slots if not working else ():
+    _report(await settle(lambda: _each(slots, Slot.end), again=True), cause, "closing")
+
+
+def end_at_rest(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
+    """Close sessions for good that have nothing open."""
+    refuse(slots)
+    for slot in slots:
         try:
             slot.end_at_rest()
         except Exception as exc:
-            errors.append((slot, exc))
-    if working:
-        errors = await settle(lambda: _each(slots, Slot.end), again=True)
-    if errors:
-        _report(errors, cause, "closing")
+            _report([(slot, exc)], cause, "closing")
 
 
 def refuse(slots: Sequence[Slot]) -> None:
@@ -85,16 +89,20 @@ def refuse(slots: Sequence[Slot]) -> None:
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
-        await _free(slot)
+        if not slot.at_rest:
+            await _free(slot)
     for slot in slots:
-        await slot.flush()
+        if slot.dirty:
+            await slot.flush()
     for slot in committing:
         if slot.has_hooks and not slot.hooked:
             await slot.ask_hooks()
         slot.hooked = True
-        await slot.flush()  # what the hooks, or listeners of the first one, have added
+        if slot.dirty:
+            await slot.flush()  # what the hooks, or listeners of the first one, have added
     for slot in slots:
-        await slot.check()
+        if slot.failed:
+            await slot.check()
 
 
 async def _free(slot: Slot) -> None:
@@ -108,6 +116,25 @@ async def _free(slot: Slot) -> None:
         f"{slot.connect!r}: a statement was still running {slot.connect.cleanup_timeout:g} s after its unit wanted to "
         "commit; await every task that uses the session, or give it 'async with db_context():' or run_in_new_ctx()"
     )
+
+
+def _patience(slot: Slot) -> float:
+    """Return how long a commit may take that was cancelled: each step bounds itself, but no callback that waits for it."""
+    return 3 * slot.connect.commit_timeout + slot.connect.drain_timeout
+
+
+async def _commit_here(slot: Slot, done: list[Slot]) -> None:
+    """Commit one session in this task, which is cancelled before its COMMIT is sent or after its answer has come (P7)."""
+    slot.deferring = True
+    try:
+        if not slot.at_rest:
+            await _free(slot)  # a child may have begun a commit by hand meanwhile
+        await unbroken(slot.commit(), slot.lines.are_sending, moved=slot.seal, patience=_patience(slot))
+    finally:
+        slot.deferring = False
+        if slot.is_committed:
+            done.append(slot)
+            await (settle(slot.run_due, patience=_patience(slot)) if slot.has_due else slot.run_due())
 
 
 async def _commit_all(slots: Sequence[Slot], done: list[Slot]) -> None:

@@ -367,9 +367,9 @@ class DBConnect(Generic[S]):
         if any(self in connects for connects in _choosing.get()):
             raise ContextSqlaError(f"{self!r}: its before_create_session_handler asked for a session of the connect itself")
 
-    def _member(self, host: str | None = None) -> Member:
+    def _member(self, host: str | None = None, here: LoopState | None = None) -> Member:
         """Return the engine of a host, by default the current one, in the running loop; never awaits (P13)."""
-        here = self._here()
+        here = here or self._here()
         host = host or self.host
         if host is None:
             raise ValueError(f"{self!r} has no host: pass host= or call 'await connect.change_host(host)'")
@@ -381,15 +381,6 @@ class DBConnect(Generic[S]):
         if len(here.members) > 1:
             here.sweep_later(self)
         return member
-
-    def _entered(self, slot: object) -> None:
-        """Let `close()` wait for this session's unit."""
-        self._here().active.add(slot)
-
-    def _left(self, slot: object) -> None:
-        """Let `close()` wait for it no longer."""
-        if (here := self._loops.find()) is not None:
-            here.leave(slot)
 
     def _here(self) -> LoopState:
         return self._loops.here(self.cleanup_timeout)

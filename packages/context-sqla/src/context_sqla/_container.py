@@ -207,15 +207,17 @@ class Container:
         return unit
 
     def _new_slot(self, connect: DBConnect[Any], host: str | None) -> Slot:
-        member = connect._member(host)
+        here = connect._here()
+        member = connect._member(host, here)
         if self.options and not self.joinable:
             session = member.maker(bind=member.engine.execution_options(**self.options))
             check_options(connect, session, self.options)
         else:
             session = member.maker()
         slot = self._slot_for(connect, session, member.host)
+        slot.here = here
         if not self.joinable:
-            connect._entered(slot)
+            here.active.add(slot)  # `close()` waits for it
         return slot
 
     def _slot_for(self, connect: DBConnect[Any], session: AsyncSession, host: str) -> Slot:

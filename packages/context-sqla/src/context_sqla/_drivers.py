@@ -40,6 +40,8 @@ _PSYCOPG = "psycopg.AsyncConnection.connect"
 _CONNECT = {"aiosqlite": "aiosqlite.connect", "asyncpg": "asyncpg.connect", "psycopg": _PSYCOPG, "psycopg_async": _PSYCOPG}
 # After a cancelled statement these leave a connection whose transaction can be rolled back (ran); others do not.
 _SURVIVORS = frozenset({"aiosqlite", "asyncpg", "psycopg", "psycopg_async"})
+# These await the answer to a COMMIT without a timeout of their own (read in their code).
+_KEEPS_TASK = frozenset({"aiosqlite", "asyncpg"})
 
 
 def parse(given: str | URL) -> URL:
@@ -72,6 +74,11 @@ def _load(url: URL) -> None:
 def survives_cancellation(driver: str) -> bool:
     """Return whether a connection of this driver can be rolled back after a statement was cancelled (P7)."""
     return driver in _SURVIVORS
+
+
+def keeps_task(driver: str) -> bool:
+    """Return whether this driver never cancels the task in which it is awaited, as a timeout of asyncio does."""
+    return driver in _KEEPS_TASK
 
 
 def creator(dialect: Any) -> Callable[..., Awaitable[Any]] | None:

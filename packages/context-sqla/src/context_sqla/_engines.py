@@ -24,14 +24,28 @@ KEY = "context_sqla"
 class Line:
     """The state of one connection of the driver, for as long as it is checked out."""
 
-    __slots__ = ("__weakref__", "cancelled", "committing", "cursor", "driver", "ended", "expired", "failure", "running")
+    __slots__ = (
+        "__weakref__",
+        "cancelled",
+        "committing",
+        "cursor",
+        "driver",
+        "ended",
+        "expired",
+        "failure",
+        "keeps_task",
+        "running",
+        "sending",
+    )
 
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, *, keeps_task: bool) -> None:
         self.driver: Any = driver
+        self.keeps_task: bool = keeps_task  # the driver never cancels the task in which it is awaited
         self.running: dict[Any, Any] = {}  # statements, and what executes them
         self.failure: str | None = None  # a statement failed in this transaction, and how
         self.cancelled: bool = False  # ... because it was cancelled
         self.committing: bool = False  # a COMMIT was sent
+        self.sending: bool = False  # ... and is not answered
         self.cursor: bool = False  # a server-side cursor was opened
         self.expired: str | None = None  # it was cut at a limit in time
         self.ended: str | None = None  # the unit cut this connection, and why
@@ -54,7 +68,7 @@ class Line:
     def restart(self) -> None:
         """Forget what happened in the transaction that ended."""
         self.failure = None
-        self.cancelled = self.committing = self.cursor = False
+        self.cancelled = self.committing = self.sending = self.cursor = False
 
 
 class Dial:
@@ -99,9 +113,10 @@ def _discard_opened(task: asyncio.Task[Any]) -> None:
 class Watch:
     """The connections of one engine."""
 
-    __slots__ = ("__weakref__", "dialling", "late", "open", "out", "retired", "threads")
+    __slots__ = ("__weakref__", "dialling", "keeps_task", "late", "open", "out", "retired", "threads")
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_task: bool) -> None:
+        self.keeps_task: bool = keeps_task
         self.threads: WeakSet[threading.Thread] = WeakSet()
         self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
         self.late: set[asyncio.Task[Any]] = set()  # ... for nobody any more
@@ -170,7 +185,7 @@ class Watch:
 
     def _checked_out(self, dbapi: Any, record: Any, _proxy: Any) -> None:
         self.out.add(record)
-        record.info[KEY] = Line(dbapi.driver_connection)
+        record.info[KEY] = Line(dbapi.driver_connection, keeps_task=self.keeps_task)
 
     def _checked_in(self, dbapi: Any, record: Any) -> None:
         self.out.discard(record)
@@ -193,7 +208,7 @@ def watch(engine: AsyncEngine) -> Watch:
     sync_engine = engine.sync_engine
     found = _watches.get(sync_engine)
     if found is None:
-        found = _watches[sync_engine] = Watch()
+        found = _watches[sync_engine] = Watch(keeps_task=_drivers.keeps_task(sync_engine.dialect.driver))
         found.listen(sync_engine)
         _listen_to_connections(sync_engine)
         if sync_engine.dialect.name == "sqlite":
@@ -237,14 +252,15 @@ def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, opti
 
 def _executing(execute: Callable[..., None]) -> Callable[..., None]:
     def executing(*args: Any, **options: Any) -> None:
-        context = options.get("context", args[-1])  # by name where a listener for do_execute calls it, to try again
+        context = options["context"] if options else args[-1]  # by name where a listener for do_execute tries again
         connection = getattr(context, "root_connection", None)
         line = None if connection is None else _noted(connection)
         if line is None:
             execute(*args, **options)
             return
         here = getcurrent()
-        line.running.pop(here, None)
+        if line.running:
+            line.running.pop(here, None)
         line.running[context] = here
         if context.execution_options.get("stream_results"):
             line.cursor = True
@@ -270,9 +286,15 @@ def _beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def _committing(commit: Callable[[Any], None]) -> Callable[[Any], None]:
     def committing(connection: Any) -> None:
-        if (line := _noted(connection)) is not None:
-            line.committing = not _drivers.is_closed(line.driver)
-        commit(connection)
+        line = _noted(connection)
+        if line is None:
+            commit(connection)
+            return
+        line.committing = line.sending = not _drivers.is_closed(line.driver)
+        try:
+            commit(connection)
+        finally:
+            line.sending = False
 
     return committing
 

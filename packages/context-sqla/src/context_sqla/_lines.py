@@ -56,6 +56,24 @@ class Lines:
                 return True
         return False
 
+    def have_failed(self) -> bool:
+        """Return whether a statement may have failed on one of them: few have."""
+        for _, line in self._all:  # noqa: SIM110
+            if line.failure or line.running:
+                return True
+        return False
+
+    def may_wait_here(self) -> bool:
+        """Return whether a COMMIT on them may be awaited in the task of the request: all are known, and their driver allows it."""
+        for _, line in self._all:
+            if not line.keeps_task:
+                return False
+        return bool(self._all)
+
+    def are_sending(self) -> bool:
+        """Return whether a COMMIT is on its way on one of them."""
+        return any(line.sending for _, line in self._all)
+
     async def are_fetching(self, timeout: float) -> bool:
         """Return whether rows of a server-side cursor are on their way; one that does not answer in time is cut."""
         for _, line in self:

@@ -10,6 +10,7 @@ from weakref import WeakSet, finalize
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ._engines import Watch, watch
+from ._limits import Limits
 from ._settle import TIMERS, hold, logger, running_loop
 
 
@@ -53,6 +54,7 @@ class LoopState:
         self.loop: asyncio.AbstractEventLoop = loop
         self.members: dict[str, Member] = {}
         self.active: set[Any] = set()  # the sessions of running units
+        self.limits: Limits = Limits(loop)
         self.retiring: set[Member] = set()  # out of use, but a connection is out or a thread not at its end
         self._sweep: asyncio.TimerHandle | None = None
         self._drained: asyncio.Event | None = None

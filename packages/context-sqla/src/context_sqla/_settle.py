@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 logger = logging.getLogger("context_sqla")
@@ -60,8 +60,17 @@ async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = Fals
         earlier = cancelled
         task, cancelled = await _run(fn, patience)
         cancelled = cancelled or earlier
-    if cancelled is None:
-        return task.result()
+    return task.result() if cancelled is None else _overtaken(task, cancelled)
+
+
+async def finish(task: asyncio.Task[T], cancelled: asyncio.CancelledError, patience: float) -> T:
+    """Wait for a task as `settle` does, whose caller is cancelled already."""
+    _limit(task, patience)
+    await _end_of(task)
+    return _overtaken(task, cancelled)
+
+
+def _overtaken(task: asyncio.Task[Any], cancelled: asyncio.CancelledError) -> NoReturn:
     if not task.cancelled() and (error := task.exception()) is not None:
         # P4: the caller learns of the cancellation; the error of a commit must not be lost with it.
         cancelled.add_note(f"while it was cancelled: {type(error).__name__}: {error}")
@@ -94,12 +103,16 @@ async def _run(
         await done
     except asyncio.CancelledError as exc:
         _limit(task, patience)
-        with _shielded():
-            while not task.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait((task,))
+        await _end_of(task)
         return task, exc
     return task, None
+
+
+async def _end_of(task: asyncio.Task[Any]) -> None:
+    with _shielded():
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
 
 
 def _limit(task: asyncio.Task[Any], patience: float | None) -> None:

@@ -15,6 +15,7 @@ from ._connect import DBConnect
 from ._drivers import leaves_doubt
 from ._engines import KEY, Line
 from ._lines import Lines, Prepared
+from ._loops import LoopState
 from ._policy import BeforeCommitCallback
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
 from ._settle import TIMERS, logger, running_loop, settle
@@ -48,7 +49,8 @@ class Slot:
         self.callbacks: Callbacks = Callbacks()
         self._due: list[Callback] = []
         self._committed = False
-        self._limit: asyncio.TimerHandle | None = None
+        self.here: LoopState | None = None  # that of the loop in which it was made for a unit
+        self._limit: float | None = None
         self._held: asyncio.TimerHandle | None = None
         self.place: Place | None = None  # in the transaction of a test
         self.evicted: str | None = None  # a unit around it had to end first
@@ -67,7 +69,7 @@ class Slot:
     @property
     def dirty(self) -> bool:
         """Whether the session has something to flush."""
-        return bool(self.sync.new or self.sync.deleted or self.sync.dirty)
+        return not self.sync._is_clean()  # what SQLAlchemy asks itself, instead of three lists
 
     @property
     def busy(self) -> bool:
@@ -84,9 +86,14 @@ class Slot:
         """How long the unit's end waits for what is still going on."""
         return self.connect.drain_timeout if self.place else self.connect.cleanup_timeout
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing runs on the session, without a look at the database."""
+        return not self.busy and not self.lines.have_cursors()
+
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
-        if not self.busy and not self.lines.have_cursors():
+        if self.at_rest:
             return True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -151,6 +158,8 @@ class Slot:
     @property
     def failed(self) -> list[tuple[Connection, Line]]:
         """The connections on which a statement of this transaction has failed, of those that count (P4a)."""
+        if not self.lines.have_failed():
+            return []
         return self.lines.failed(cancelled_only=not self.connect.check_failed_transaction)
 
     async def check(self) -> None:
@@ -175,7 +184,7 @@ class Slot:
         try:
             await self.session.commit()
         except BaseException as exc:
-            if self.lines.are_committing() and leaves_doubt(exc):
+            if not self._committed and self.lines.are_committing() and leaves_doubt(exc):
                 _outcome_of(exc).in_doubt = True
                 exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
             raise
@@ -266,7 +275,8 @@ class Slot:
     def forget(self) -> None:
         """Take the session out of what `DBConnect.close()` waits for."""
         self._release()
-        self.connect._left(self)
+        if self.here is not None:
+            self.here.leave(self)
         if self.place is not None:
             self.place.give_back()
 
@@ -306,18 +316,18 @@ class Slot:
 
     def arm(self, seconds: float) -> None:
         """Cut the connection if what follows takes longer than this."""
-        self.disarm()
-        self._limit = asyncio.get_running_loop().call_later(seconds, self._expired, seconds, context=TIMERS)
+        self._limit = seconds
+        (self.here or self.connect._here()).limits.set(self, seconds, self._expired)
 
-    def _expired(self, seconds: float) -> None:
+    def _expired(self) -> None:
         if self.place is None:
-            self.lines.expire(f"{self.connect!r}: no answer within {seconds:g} s, so the connection was cut")
+            self.lines.expire(f"{self.connect!r}: no answer within {self._limit:g} s, so the connection was cut")
 
     def disarm(self) -> None:
         """Forget the limit."""
         if self._limit is not None:
-            self._limit.cancel()
             self._limit = None
+            (self.here or self.connect._here()).limits.take_back(self)
 
     def _warn(self, seconds: float) -> None:
         where = self.owner.label or (lambda: "a unit of work")
@@ -331,6 +341,16 @@ class Slot:
             self._held = None
 
     # After the commit (P14)
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether it was committed, and nobody was told yet."""
+        return self._committed
+
+    @property
+    def has_due(self) -> bool:
+        """Whether anybody waited for this commit."""
+        return bool(self._due or (self._committed and self.connect.committed))
 
     async def run_due(self) -> None:
         """Run what was waiting for this commit; errors are logged and change nothing."""
@@ -387,7 +407,7 @@ class Slot:
         self._release()
         if not self._committed:
             self.callbacks.take()
-        elif not self.deferring and (self._due or self.connect.committed):
+        elif not self.deferring and self.has_due:
             await_only(settle(self.run_due, patience=self.connect.drain_timeout))
         elif not self.deferring:
             self._committed = False

@@ -104,7 +104,12 @@ class Unit(Container):
             Exception: that of the commit, when awaited; the last byte must then not leave.
         """
         if self.used or self._left:
-            return self._end_of_body()
+            if self.phase is not STREAM or self._left or self._broken is not None or self._is_at_work():
+                return self._end_of_body()
+            self._waiting = None
+            if self.slots:
+                slots, self.slots = self._own(), {}
+                _commit.end_at_rest(slots)
         if self.phase is STREAM:
             self.phase = BACKGROUND
         return NOTHING
@@ -151,7 +156,7 @@ class Unit(Container):
             Exception: that of a commit of background work, when awaited, unless `exc` was given.
         """
         if self.phase is not CLOSED:
-            if self.used or exc is not None:
+            if exc is not None or (self.used and self._has_work()):
                 return self._end(exc)
             self._leave()
         return NOTHING
@@ -258,12 +263,7 @@ class Unit(Container):
         try:
             if self._producers:
                 await self._produced()
-            if (
-                self._on_commit
-                or self._opening
-                or self.borrowed
-                or any(slot.open or slot.evicted for slot in self.slots.values())
-            ):
+            if self._is_at_work():
                 await self._decide(self._commits, final=True)
         except asyncio.CancelledError:
             self._broken = ContextSqlaError("the request was cancelled before its body was complete")
@@ -276,11 +276,14 @@ class Unit(Container):
         await self._end_slots()
 
     async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
-        await self._opened(self._patience)
+        if self._opening:
+            await self._opened(self._patience)
         slots = self._own()
-        callbacks: list[Callback] | None = None
-        if not (keep and any(slot.kept and slot.open for slot in slots)):  # P14: or else not everything is committed here
-            callbacks, self._on_commit = self._on_commit, None
+        callbacks = self._on_commit
+        if callbacks and keep and any(slot.kept and slot.open for slot in slots):  # P14: not everything is committed here
+            callbacks = None
+        else:
+            self._on_commit = None
         if not commits:
             self._drop_callbacks(slots)
             await _commit.roll_back(slots)
@@ -297,8 +300,9 @@ class Unit(Container):
             self._last_task = None
         if final:
             _commit.refuse(slots)  # P10: what a child task writes from here on would be lost
-        for slot in (self.borrowed or {}).values():
-            await slot.flush()  # P12: a session of the test is flushed, and left to the test
+        if self.borrowed:
+            for slot in self.borrowed.values():
+                await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
             await self._run_callbacks(callbacks, slots)
 
@@ -374,6 +378,15 @@ class Unit(Container):
             hold(self._end(exc))
         else:
             self._leave()
+
+    def _is_at_work(self) -> bool:
+        """Whether the end of the body has anything to wait for."""
+        if self._on_commit or self._opening or self.borrowed or self._producers:
+            return True
+        for slot in self.slots.values():  # noqa: SIM110  # every request with a session comes by
+            if slot.open or slot.evicted:
+                return True
+        return False
 
     def _has_work(self) -> bool:
         return bool(self.slots or self._on_commit or self._opening or self._ahead or self._cleaning or self.borrowed)

@@ -1,0 +1,97 @@
+"""What must not be interrupted, in the task that asks for it: a cancellation hands it over to a task of its own (P7).
+
+That costs nothing where nobody is cancelled. It is for drivers that never cancel the task in which they are awaited: such a
+cancellation is meant for the driver, and would be taken for one of the request.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from types import coroutine
+from typing import Any, TypeVar, cast
+
+from ._settle import finish
+
+T = TypeVar("T")
+
+
+class _Awaited:
+    """What a driver awaits, as the task is shown it: cancelled at a protected moment, the driver's own goes on."""
+
+    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_is_protected", "_wake")
+
+    def __init__(self, future: "asyncio.Future[Any]", is_protected: Callable[[], bool]) -> None:
+        self._future = future
+        self._is_protected = is_protected
+        self._asyncio_future_blocking = True  # by this a task knows what it can wait for
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._future.get_loop()
+
+    def add_done_callback(self, wake: Callable[[Any], object], *, context: Context | None = None) -> None:
+        self._wake, self._context = wake, context
+        self._future.add_done_callback(wake, context=context)
+
+    def cancel(self, msg: Any = None) -> bool:
+        if not self._is_protected():
+            return self._future.cancel(msg)
+        if not self._future.remove_done_callback(self._wake):
+            return False  # it is done: the task is told when it wakes
+        self._future.get_loop().call_soon(self._wake, self, context=self._context)
+        return True
+
+    def result(self) -> None:
+        raise asyncio.CancelledError
+
+
+class _Left:
+    """Where a coroutine stood when its task was cancelled."""
+
+    __slots__ = ("awaited", "cancelled")
+
+    def __init__(self, cancelled: asyncio.CancelledError, awaited: Any) -> None:
+        self.cancelled = cancelled
+        self.awaited = awaited
+
+
+_BEGIN = object()
+
+
+async def unbroken(
+    work: Coroutine[Any, Any, T], is_protected: Callable[[], bool], *, moved: Callable[[], None], patience: float
+) -> T:
+    """Await a coroutine, here; one that is cancelled at a protected moment runs to its end elsewhere, and then this raises.
+
+    Args:
+        work: bounds itself in time.
+        is_protected: whether a cancellation of this moment waits; at every other moment it goes through.
+        moved: called first in the task that goes on with the work.
+        patience: seconds that the work has once it is cancelled, where it does not bound itself.
+    """
+    left = await _drive(work, _BEGIN, is_protected)
+    if not isinstance(left, _Left):
+        return cast("T", left)
+
+    async def go_on() -> T:
+        moved()
+        return cast("T", await _drive(work, left.awaited, None))
+
+    return await finish(asyncio.get_running_loop().create_task(go_on()), left.cancelled, patience)
+
+
+@coroutine
+def _drive(work: Coroutine[Any, Any, Any], awaited: Any, is_protected: Callable[[], bool] | None) -> Generator[Any, Any, Any]:
+    try:
+        if awaited is _BEGIN:
+            awaited = work.send(None)
+        while True:
+            try:
+                yield awaited if is_protected is None or awaited is None else _Awaited(awaited, is_protected)
+            except BaseException as exc:
+                if is_protected is not None and isinstance(exc, asyncio.CancelledError) and is_protected():
+                    return _Left(exc, awaited)
+                awaited = work.throw(exc)
+            else:
+                awaited = work.send(None)
+    except StopIteration as done:
+        return done.value
