@@ -360,9 +360,10 @@ async def test_listener_that_replaces_errors_leaves_no_statement_running(db):
 
 
 @pytest.mark.parametrize("by", ["session.commit", "commit_db_session", "session.rollback"])
-async def test_child_that_ends_the_transaction_at_the_very_moment_of_the_commit(db, by):
+async def test_child_that_ends_the_transaction_at_the_very_moment_of_the_commit(db, tmp_path, by):
     """A commit or rollback by hand that began just before the unit's own commit is awaited, and is no error (P7a)."""
     due = asyncio.Event()
+    other = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path}/other.db")  # of two sessions a task of its own makes the commits
 
     async def tell(session):
         due.set()  # whoever waits for it goes on before the task that commits
@@ -380,7 +381,9 @@ async def test_child_that_ends_the_transaction_at_the_very_moment_of_the_commit(
     async with db_context(before_commit=tell):
         await insert(db, "a")
         task = asyncio.create_task(child(await db_session(db)))
+        await (await db_session(other)).execute(text("SELECT 1"))
     await task
+    await other.close()
 
     assert await names(db) == ([] if by == "session.rollback" else ["a"])
 

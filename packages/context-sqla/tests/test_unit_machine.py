@@ -496,7 +496,7 @@ class UnitMachine:
             if side.session is not None:
                 assert isinstance(self.attempt(side.session.execute(text("SELECT 1"))), ContextClosedError)
             assert isinstance(self.attempt(db_session(side.connect)), ContextNotInitiatedError)
-            assert isinstance(self.attempt(unit.session(side.connect)), ContextClosedError)
+            assert isinstance(self.attempt(unit.slot(side.connect)), ContextClosedError)
 
     def _forget_sessions(self) -> None:
         for side in self.all_sides():

@@ -28,6 +28,8 @@ class Callbacks:
 
     def take(self) -> list[Callback]:
         """Return what waits, and let it wait no longer."""
+        if not self._waiting:
+            return []
         taken, self._waiting = self._waiting, []
         return [callback for callback, _ in taken]
 

@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from . import _drivers
-from ._handover import unbroken
+from ._handover import BEGIN, Left, drive, go_on
 from ._lines import Prepared
 from ._refusal import REAL_COMMITS, REMEDY
 from ._settle import logger, settle
@@ -16,6 +16,7 @@ from ._slot import Slot
 from .errors import ContextSqlaError, SessionBusyError, _outcome_of
 
 _SHARED = ("another operation is in progress", "concurrent operations are not permitted", "Session is already flushing")
+_ENDED = f"this session's unit of work has ended; {REMEDY}"
 _BACKEND = text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid")
 
 
@@ -28,6 +29,9 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
         slots: the sessions of the unit, in the order of their first use.
         keep: leave the transactions that asked for it open after their flush (P5).
     """
+    if len(slots) == 1 and slots[0].is_ready():
+        await _commit_ready(slots[0])
+        return
     for slot in slots:
         if slot.evicted is not None:
             raise SessionBusyError(slot.evicted)
@@ -40,7 +44,8 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
     done: list[Slot] = []
     try:
         await _prepare(working, committing)
-        if len(committing) == 1 and committing[0].lines.may_wait_here() and not committing[0].sync.twophase:
+        if len(committing) == 1 and committing[0].may_commit_here():
+            await _free(committing[0])  # a child may have begun a commit by hand meanwhile
             await _commit_here(committing[0], done)
         elif committing:
             await settle(lambda: _commit_all(committing, done), patience=sum(map(_patience, committing)))
@@ -51,6 +56,20 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
     finally:
         for slot in slots:
             slot.unseal()
+
+
+async def _commit_ready(slot: Slot) -> None:
+    done: list[Slot] = []
+    slot.seal()
+    slot.hooked = True
+    try:
+        await _commit_here(slot, done)
+    except BaseException as exc:
+        _tell_completion(exc, (slot,), done)
+        await roll_back((slot,), exc)
+        raise
+    finally:
+        slot.unseal()
 
 
 async def roll_back(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
@@ -83,7 +102,7 @@ def refuse(slots: Sequence[Slot]) -> None:
     """Let these sessions take nothing any more: their unit has ended (P10)."""
     for slot in slots:
         if not slot.ended:
-            slot.refuse(f"this session's unit of work has ended; {REMEDY}")
+            slot.refuse(_ENDED)
 
 
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
@@ -127,14 +146,22 @@ async def _commit_here(slot: Slot, done: list[Slot]) -> None:
     """Commit one session in this task, which is cancelled before its COMMIT is sent or after its answer has come (P7)."""
     slot.deferring = True
     try:
-        if not slot.at_rest:
-            await _free(slot)  # a child may have begun a commit by hand meanwhile
-        await unbroken(slot.commit(), slot.lines.are_sending, moved=slot.seal, patience=_patience(slot))
+        left = await drive(slot.commit(), BEGIN, slot.lines.are_sending)
+        if isinstance(left, Left):
+            await go_on(left, first=slot.seal, patience=_patience(slot))
     finally:
         slot.deferring = False
         if slot.is_committed:
             done.append(slot)
-            await (settle(slot.run_due, patience=_patience(slot)) if slot.has_due else slot.run_due())
+            if slot.has_due:
+                await settle(lambda: _run_due(slot), patience=_patience(slot))
+            else:
+                slot.told()
+
+
+async def _run_due(slot: Slot) -> None:
+    slot.seal()  # for this task, which is another
+    await slot.run_due()
 
 
 async def _commit_all(slots: Sequence[Slot], done: list[Slot]) -> None:

@@ -327,7 +327,7 @@ class DBConnect(Generic[S]):
         queue = getattr(getattr(pool, "_pool", None), "_queue", None)
         getters = getattr(queue, "_getters", None)
         waiting = None if getters is None else sum(not getter.done() for getter in getters)
-        return PoolStatus(_shown(self.host), size, len(member.watch.out), overflow, waiting)
+        return PoolStatus(_shown(self.host), size, member.watch.out, overflow, waiting)
 
     def abort_host(self, host: str) -> int:
         """Cut every connection to a host that is dead or hung, and return how many there were (P13).

@@ -77,20 +77,24 @@ class Container:
         """Return whether a session of this connect is open in the unit."""
         return context_key in self.slots
 
-    async def session(self, connect: DBConnect[S]) -> S:
-        """Return the unit's session of a connect, made at the first call (P2).
+    def slot_at_once(self, connect: DBConnect[Any]) -> Slot | None:
+        """Return what the unit has of a connect, None where it takes a wait: `slot` then knows what for.
 
         Raises:
             ContextClosedError: the unit has ended.
         """
-        slot = await self.slot(connect)
-        session: S = slot.session  # type: ignore[assignment]
-        return session
+        self.check_open(connect)
+        if self.runs_ahead is not None and self.runs_ahead():
+            return None
+        slot = self.slots.get(connect.context_key)
+        if slot is None and connect.before_create_session_handler is None and not self.joined:
+            slot = self._make(connect, self.slots)
+        return slot
 
     async def slot(self, connect: DBConnect[Any]) -> Slot:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
-        key = connect.context_key
-        self.check_open(connect)
+        if (found := self.slot_at_once(connect)) is not None:
+            return found
         ahead = False
         if self.runs_ahead is not None and self.runs_ahead():
             self._producers = {*(self._producers or ()), asyncio.current_task()}
@@ -98,15 +102,23 @@ class Container:
                 ahead = True
                 self._ahead = self._ahead or {}
         slots = self._slots(ahead)
-        slot = slots.get(key) or (self.borrowed or {}).get(key)
+        slot = slots.get(connect.context_key) or (self.borrowed or {}).get(connect.context_key)
         if slot is None:
-            if self._last_task is not None and self._last_task is not asyncio.current_task():
-                raise _outlived(connect)  # the last commit has begun without it
             if connect.before_create_session_handler is None and not self.joined:
-                slot = slots[key] = self._new_slot(connect, None)
+                slot = self._make(connect, slots)
             else:
+                self._check_in_time(connect)
                 slot = await self._open_once(connect, ahead)
         return slot
+
+    def _make(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
+        self._check_in_time(connect)
+        slot = slots[connect.context_key] = self._new_slot(connect, None)
+        return slot
+
+    def _check_in_time(self, connect: DBConnect[Any]) -> None:
+        if self._last_task is not None and self._last_task is not asyncio.current_task():
+            raise _outlived(connect)  # the last commit has begun without it
 
     def _slots(self, ahead: bool) -> dict[str, Slot]:
         return self._ahead if ahead and self._ahead is not None else self.slots

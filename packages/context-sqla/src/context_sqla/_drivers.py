@@ -76,9 +76,9 @@ def survives_cancellation(driver: str) -> bool:
     return driver in _SURVIVORS
 
 
-def keeps_task(driver: str) -> bool:
-    """Return whether this driver never cancels the task in which it is awaited, as a timeout of asyncio does."""
-    return driver in _KEEPS_TASK
+def keeps_task(connection: Any) -> bool:
+    """Return whether a driver is known never to cancel the task that awaits its COMMIT, as a timeout of asyncio would."""
+    return type(connection).__module__.partition(".")[0] in _KEEPS_TASK
 
 
 def creator(dialect: Any) -> Callable[..., Awaitable[Any]] | None:
@@ -96,8 +96,9 @@ def thread_of(connection: Any) -> threading.Thread | None:
 
 def in_transaction(connection: Any) -> bool:
     """Return whether the server has a transaction open on this connection, as far as the driver knows."""
-    if hasattr(connection, "is_in_transaction"):  # asyncpg
-        return bool(connection.is_in_transaction())
+    ask = getattr(connection, "is_in_transaction", None)  # asyncpg
+    if ask is not None:
+        return bool(ask())
     if hasattr(connection, "pgconn"):  # psycopg
         return int(connection.pgconn.transaction_status) in (1, 2, 3)
     if hasattr(connection, "get_transaction_status"):  # aiomysql, asyncmy

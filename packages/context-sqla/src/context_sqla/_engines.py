@@ -24,23 +24,10 @@ KEY = "context_sqla"
 class Line:
     """The state of one connection of the driver, for as long as it is checked out."""
 
-    __slots__ = (
-        "__weakref__",
-        "cancelled",
-        "committing",
-        "cursor",
-        "driver",
-        "ended",
-        "expired",
-        "failure",
-        "keeps_task",
-        "running",
-        "sending",
-    )
+    __slots__ = ("__weakref__", "cancelled", "committing", "cursor", "driver", "ended", "expired", "failure", "running", "sending")
 
-    def __init__(self, driver: Any, *, keeps_task: bool) -> None:
+    def __init__(self, driver: Any) -> None:
         self.driver: Any = driver
-        self.keeps_task: bool = keeps_task  # the driver never cancels the task in which it is awaited
         self.running: dict[Any, Any] = {}  # statements, and what executes them
         self.failure: str | None = None  # a statement failed in this transaction, and how
         self.cancelled: bool = False  # ... because it was cancelled
@@ -113,15 +100,13 @@ def _discard_opened(task: asyncio.Task[Any]) -> None:
 class Watch:
     """The connections of one engine."""
 
-    __slots__ = ("__weakref__", "dialling", "keeps_task", "late", "open", "out", "retired", "threads")
+    __slots__ = ("__weakref__", "_open", "dialling", "late", "retired", "threads")
 
-    def __init__(self, *, keeps_task: bool) -> None:
-        self.keeps_task: bool = keeps_task
+    def __init__(self) -> None:
         self.threads: WeakSet[threading.Thread] = WeakSet()
         self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
         self.late: set[asyncio.Task[Any]] = set()  # ... for nobody any more
-        self.open: dict[int, Any] = {}
-        self.out: set[Any] = set()  # the pool's records of the connections in use
+        self._open: dict[int, tuple[Any, Any]] = {}  # connections, and the pool's records of them
         self.retired: bool = False  # connections are closed as they come back
 
     def cut_all(self) -> None:
@@ -133,15 +118,32 @@ class Watch:
         """Cut the connections in use and those being opened, discard the idle ones, and return how many there were."""
         for task in self.dialling:
             task.cancel()
-        everything = self.open
-        self.open = {id(dbapi): dbapi for record in self.out if (dbapi := record.dbapi_connection) is not None}
-        for key, dbapi in everything.items():
-            (_drivers.cut if key in self.open else _drivers.discard)(dbapi.driver_connection)
+        everything = self._open
+        self._open = {id(dbapi): (dbapi, record) for dbapi, record in self._in_use()}
+        for key, (dbapi, _) in everything.items():
+            (_drivers.cut if key in self._open else _drivers.discard)(dbapi.driver_connection)
         return len(everything) + len(self.dialling)
+
+    @property
+    def open(self) -> int:
+        """How many connections are open."""
+        return len(self._open)
+
+    @property
+    def out(self) -> int:
+        """How many connections are in use."""
+        return len(self._in_use())
+
+    def forget(self) -> None:
+        """Forget the connections, as they are."""
+        self._open.clear()
+
+    def _in_use(self) -> list[tuple[Any, Any]]:
+        return [each for each in self._open.values() if each[1].in_use and each[1].dbapi_connection is each[0]]
 
     def is_alive(self) -> bool:
         """Return whether a connection is open or being opened, or one of their threads has something to report."""
-        return bool(self.open or self.dialling) or any(thread.is_alive() for thread in self.threads)
+        return bool(self._open or self.dialling) or any(thread.is_alive() for thread in self.threads)
 
     def end(self) -> None:
         """End what is still open while its event loop still runs, threads included: they report to the loop."""
@@ -157,7 +159,7 @@ class Watch:
             _drivers.drop(driver)
 
     def _drivers(self) -> list[Any]:
-        return [dbapi.driver_connection for dbapi in list(self.open.values())]
+        return [dbapi.driver_connection for dbapi, _ in list(self._open.values())]
 
     def listen(self, engine: Engine) -> None:
         """Follow the connections of an engine."""
@@ -166,9 +168,8 @@ class Watch:
             ("connect", self._connected),
             ("close", self._gone),
             ("close_detached", self._gone),
-            ("checkout", self._checked_out),
             ("checkin", self._checked_in),
-            ("detach", self._detached),
+            ("detach", self._gone),
         ):
             event.listen(engine, name, listener)
 
@@ -177,26 +178,17 @@ class Watch:
         if creator is not None and not isinstance(creator, Dial):
             cparams["async_creator_fn"] = Dial(creator, self)
 
-    def _connected(self, dbapi: Any, _record: Any) -> None:
-        self.open[id(dbapi)] = dbapi
+    def _connected(self, dbapi: Any, record: Any) -> None:
+        self._open[id(dbapi)] = (dbapi, record)
 
     def _gone(self, dbapi: Any, *_: Any) -> None:
-        self.open.pop(id(dbapi), None)
-
-    def _checked_out(self, dbapi: Any, record: Any, _proxy: Any) -> None:
-        self.out.add(record)
-        record.info[KEY] = Line(dbapi.driver_connection, keeps_task=self.keeps_task)
+        self._open.pop(id(dbapi), None)
 
     def _checked_in(self, dbapi: Any, record: Any) -> None:
-        self.out.discard(record)
         record.info.pop(KEY, None)
         # P7a: whatever went wrong before, an open transaction is never handed to the next request.
         if dbapi is not None and (self.retired or _drivers.in_transaction(dbapi.driver_connection)):
             record.invalidate()
-
-    def _detached(self, dbapi: Any, record: Any) -> None:
-        self.out.discard(record)
-        self._gone(dbapi)
 
 
 _watches: WeakKeyDictionary[Engine, Watch] = WeakKeyDictionary()
@@ -208,7 +200,7 @@ def watch(engine: AsyncEngine) -> Watch:
     sync_engine = engine.sync_engine
     found = _watches.get(sync_engine)
     if found is None:
-        found = _watches[sync_engine] = Watch(keeps_task=_drivers.keeps_task(sync_engine.dialect.driver))
+        found = _watches[sync_engine] = Watch()
         found.listen(sync_engine)
         _listen_to_connections(sync_engine)
         if sync_engine.dialect.name == "sqlite":
@@ -219,7 +211,7 @@ def watch(engine: AsyncEngine) -> Watch:
 
 def line_of(connection: Connection) -> Line | None:
     """Return the state of a connection, None once it is closed, lost, or where its engine is not watched."""
-    return None if connection.closed or connection.invalidated else _noted(connection)
+    return None if connection.closed or connection.invalidated else known_line(connection)
 
 
 def _listen_to_connections(engine: Engine) -> None:
@@ -246,7 +238,7 @@ def _listen_to_connections(engine: Engine) -> None:
 
 def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, options: Any) -> None:
     """Note a statement that is on its way: aiosqlite makes its cursor in a thread; no commit may overtake it (P7a)."""
-    if (line := conn.info.get(KEY)) is not None:
+    if (line := known_line(conn)) is not None:
         line.running[getcurrent()] = getcurrent()
 
 
@@ -254,7 +246,7 @@ def _executing(execute: Callable[..., None]) -> Callable[..., None]:
     def executing(*args: Any, **options: Any) -> None:
         context = options["context"] if options else args[-1]  # by name where a listener for do_execute tries again
         connection = getattr(context, "root_connection", None)
-        line = None if connection is None else _noted(connection)
+        line = None if connection is None else _note(connection)
         if line is None:
             execute(*args, **options)
             return
@@ -277,7 +269,7 @@ def _executing(execute: Callable[..., None]) -> Callable[..., None]:
 
 def _beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
     def beginning(connection: Any) -> None:
-        if (line := _noted(connection)) is not None:
+        if (line := _note(connection)) is not None:
             line.restart()
         begin(connection)
 
@@ -286,7 +278,7 @@ def _beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def _committing(commit: Callable[[Any], None]) -> Callable[[Any], None]:
     def committing(connection: Any) -> None:
-        line = _noted(connection)
+        line = _note(connection)
         if line is None:
             commit(connection)
             return
@@ -301,7 +293,7 @@ def _committing(commit: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def _rolling_back(roll_back: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
     def rolling_back(connection: Any, name: str) -> None:
-        if (line := _noted(connection)) is not None:
+        if (line := _note(connection)) is not None:
             line.failure = None
             line.cancelled = False
         roll_back(connection, name)
@@ -309,11 +301,22 @@ def _rolling_back(roll_back: Callable[[Any, str], None]) -> Callable[[Any, str],
     return rolling_back
 
 
-def _noted(connection: Any) -> Line | None:
+def known_line(connection: Any) -> Line | None:
+    """Return the state of a connection that is open, None where nothing was noted: its engine is not watched."""
+    line: Line | None = connection.info.get(KEY)
+    return line
+
+
+def _note(connection: Any) -> Line | None:
+    """Return the state of a connection on which something begins; the first time in a checkout it is made."""
     try:
-        line: Line | None = connection.info.get(KEY)
+        info = connection.info
     except NotImplementedError:  # the connection on which SQLAlchemy gets to know the database is none of the pool's yet
         return None
+    line: Line | None = info.get(KEY)
+    if line is None:
+        pooled = connection.connection if isinstance(connection, Connection) else connection
+        line = info[KEY] = Line(pooled.driver_connection)
     return line
 
 

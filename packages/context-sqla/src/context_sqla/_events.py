@@ -28,7 +28,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     elif isinstance(slot, Lines):
         slot.add(connection)
     elif isinstance(slot, Refusal):
-        slot.close_late()
+        slot.close_late(session)
         raise ContextClosedError(slot.message)
 
 

@@ -8,11 +8,11 @@ import asyncio
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from types import coroutine
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from ._settle import finish
 
-T = TypeVar("T")
+BEGIN = object()
 
 
 class _Awaited:
@@ -44,54 +44,53 @@ class _Awaited:
         raise asyncio.CancelledError
 
 
-class _Left:
+class Left:
     """Where a coroutine stood when its task was cancelled."""
 
-    __slots__ = ("awaited", "cancelled")
+    __slots__ = ("awaited", "cancelled", "work")
 
-    def __init__(self, cancelled: asyncio.CancelledError, awaited: Any) -> None:
-        self.cancelled = cancelled
+    def __init__(self, work: Coroutine[Any, Any, Any], awaited: Any, cancelled: asyncio.CancelledError) -> None:
+        self.work = work
         self.awaited = awaited
-
-
-_BEGIN = object()
-
-
-async def unbroken(
-    work: Coroutine[Any, Any, T], is_protected: Callable[[], bool], *, moved: Callable[[], None], patience: float
-) -> T:
-    """Await a coroutine, here; one that is cancelled at a protected moment runs to its end elsewhere, and then this raises.
-
-    Args:
-        work: bounds itself in time.
-        is_protected: whether a cancellation of this moment waits; at every other moment it goes through.
-        moved: called first in the task that goes on with the work.
-        patience: seconds that the work has once it is cancelled, where it does not bound itself.
-    """
-    left = await _drive(work, _BEGIN, is_protected)
-    if not isinstance(left, _Left):
-        return cast("T", left)
-
-    async def go_on() -> T:
-        moved()
-        return cast("T", await _drive(work, left.awaited, None))
-
-    return await finish(asyncio.get_running_loop().create_task(go_on()), left.cancelled, patience)
+        self.cancelled = cancelled
 
 
 @coroutine
-def _drive(work: Coroutine[Any, Any, Any], awaited: Any, is_protected: Callable[[], bool] | None) -> Generator[Any, Any, Any]:
+def drive(work: Coroutine[Any, Any, Any], awaited: Any, is_protected: Callable[[], bool] | None) -> Generator[Any, Any, Any]:
+    """Await a coroutine; return its result, or a `Left` if its task was cancelled at a protected moment.
+
+    Args:
+        work: the coroutine.
+        awaited: `BEGIN`, or what it is waiting for.
+        is_protected: whether a cancellation of this moment has to wait; at every other moment it goes through.
+    """
     try:
-        if awaited is _BEGIN:
+        if awaited is BEGIN:
             awaited = work.send(None)
         while True:
             try:
                 yield awaited if is_protected is None or awaited is None else _Awaited(awaited, is_protected)
             except BaseException as exc:
                 if is_protected is not None and isinstance(exc, asyncio.CancelledError) and is_protected():
-                    return _Left(exc, awaited)
+                    return Left(work, awaited, exc)
                 awaited = work.throw(exc)
             else:
                 awaited = work.send(None)
     except StopIteration as done:
         return done.value
+
+
+async def go_on(left: Left, *, first: Callable[[], None], patience: float) -> None:
+    """Run what was left to its end in a task of its own, then raise the cancellation.
+
+    Args:
+        left: bounds itself in time.
+        first: called in that task before.
+        patience: seconds that it has where it does not bound itself.
+    """
+
+    async def run() -> None:
+        first()
+        await drive(left.work, left.awaited, None)
+
+    await finish(asyncio.get_running_loop().create_task(run()), left.cancelled, patience)

@@ -7,7 +7,7 @@ from sqlalchemy.engine import Connection, TwoPhaseTransaction
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _drivers
-from ._engines import Line, line_of
+from ._engines import Line, known_line
 
 
 class Prepared:
@@ -35,7 +35,7 @@ class Lines:
 
     def add(self, connection: Connection) -> None:
         """Note a connection; one whose engine is not watched cannot be asked."""
-        if (line := line_of(connection)) is not None:
+        if (line := known_line(connection)) is not None:
             self._all.append((connection, line))
 
     def clear(self) -> None:
@@ -56,17 +56,17 @@ class Lines:
                 return True
         return False
 
-    def have_failed(self) -> bool:
-        """Return whether a statement may have failed on one of them: few have."""
+    def are_well(self) -> bool:
+        """Return whether no statement runs or has failed on any of them, and no server-side cursor was opened."""
         for _, line in self._all:  # noqa: SIM110
-            if line.failure or line.running:
-                return True
-        return False
+            if line.failure or line.running or line.cursor:
+                return False
+        return True
 
-    def may_wait_here(self) -> bool:
-        """Return whether a COMMIT on them may be awaited in the task of the request: all are known, and their driver allows it."""
+    def keep_task(self) -> bool:
+        """Return whether all connections are known, and their driver never cancels the task in which it is awaited."""
         for _, line in self._all:
-            if not line.keeps_task:
+            if not _drivers.keeps_task(line.driver):
                 return False
         return bool(self._all)
 

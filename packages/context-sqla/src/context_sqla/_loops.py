@@ -191,7 +191,7 @@ class Loops:
                 if state is running:
                     count += _abort(member)
                 else:
-                    count += len(member.watch.open)
+                    count += member.watch.open
                     state.loop.call_soon_threadsafe(_abort, member)
         return count
 
@@ -200,8 +200,7 @@ class Loops:
             state = self._states.pop(loop, None)
             for member in [*state.members.values(), *state.retiring] if state is not None else ():
                 member.watch.drop_all()
-                member.watch.open.clear()
-                member.watch.out.clear()
+                member.watch.forget()
                 member.engine.sync_engine.dispose(close=False)
 
     def forget(self) -> None:
@@ -210,8 +209,7 @@ class Loops:
             for member in [*state.members.values(), *state.retiring]:
                 _abandoned.append(member.engine.sync_engine.pool)
                 member.engine.sync_engine.dispose(close=False)
-                member.watch.open.clear()
-                member.watch.out.clear()
+                member.watch.forget()
         _abandoned.append(dict(self._states))
         self._states.clear()
 

@@ -1,10 +1,10 @@
 """What is said to whoever comes too late, or at the wrong moment, and what a session carries whose unit has ended (P10)."""
 
 import asyncio
-import weakref
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_session
+from sqlalchemy.orm import Session
 
 from ._settle import hold
 from .errors import ContextClosedError
@@ -22,15 +22,15 @@ class Refusal:
     Args:
         connect: whose session it is.
         reason: what everybody is told who uses the session.
-        session: the session.
         limit: seconds for closing it once more.
     """
 
-    def __init__(self, connect: object, reason: str, session: AsyncSession, limit: float) -> None:
+    __slots__ = ("_connect", "_limit", "_reason")
+
+    def __init__(self, connect: object, reason: str, limit: float) -> None:
         self._connect = connect
         self._reason = reason
         self._limit = limit
-        self._session = weakref.ref(session)
 
     @property
     def message(self) -> str:
@@ -41,9 +41,9 @@ class Refusal:
         """Refuse every statement."""
         raise ContextClosedError(self.message)
 
-    def close_late(self) -> None:
+    def close_late(self, sync_session: Session) -> None:
         """Close the session again, whose connection was still being opened when the unit ended."""
-        if (session := self._session()) is not None:
+        if (session := async_session(sync_session)) is not None:
             hold(self._close(session))
 
     async def _close(self, session: AsyncSession) -> None:

@@ -50,8 +50,9 @@ async def db_session(connect: DBConnect[S]) -> S:
         ):
             session: S = slot.session
             return session
-    session = await unit.session(connect)
-    return session
+    slot = unit.slot_at_once(connect) or await unit.slot(connect)
+    made: S = slot.session
+    return made
 
 
 async def commit_db_session(connect: DBConnect[Any]) -> None:

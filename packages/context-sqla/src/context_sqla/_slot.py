@@ -79,7 +79,7 @@ class Slot:
         if self.place is not None and self.place.is_taken():
             return True
         transaction = self.sync.get_nested_transaction() or self.sync.get_transaction()
-        return getattr(transaction, "_current_fn", None) is not None
+        return transaction is not None and getattr(transaction, "_current_fn", None) is not None
 
     @property
     def patience(self) -> float:
@@ -90,6 +90,16 @@ class Slot:
     def at_rest(self) -> bool:
         """Whether nothing runs on the session, without a look at the database."""
         return not self.busy and not self.lines.have_cursors()
+
+    def is_ready(self) -> bool:
+        """Whether nothing is to be done or asked before this session's COMMIT: so it is for most requests."""
+        if not self.may_commit_here() or self.kept or self.has_hooks or self.dirty or self.busy:
+            return False
+        return self.lines.are_well()
+
+    def may_commit_here(self) -> bool:
+        """Whether its COMMIT may be awaited in the task of the request: its connections are known, and their driver allows it."""
+        return self.place is None and self.lines.keep_task() and not self.sync.twophase
 
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
@@ -158,7 +168,7 @@ class Slot:
     @property
     def failed(self) -> list[tuple[Connection, Line]]:
         """The connections on which a statement of this transaction has failed, of those that count (P4a)."""
-        if not self.lines.have_failed():
+        if self.lines.are_well():
             return []
         return self.lines.failed(cancelled_only=not self.connect.check_failed_transaction)
 
@@ -262,7 +272,7 @@ class Slot:
     def refuse(self, reason: str) -> None:
         """Let the session take nothing any more, and forget this slot (a cycle would keep both from being freed)."""
         self.ended = True
-        refusal = Refusal(self.connect, reason, self.session, self.connect.cleanup_timeout)
+        refusal = Refusal(self.connect, reason, self.connect.cleanup_timeout)
         self.sync.info[KEY] = refusal
         self.sync.get_bind = refusal.get_bind  # type: ignore[method-assign]
 
@@ -346,6 +356,10 @@ class Slot:
     def is_committed(self) -> bool:
         """Whether it was committed, and nobody was told yet."""
         return self._committed
+
+    def told(self) -> None:
+        """Note that whoever waited for the commit was told."""
+        self._committed = False
 
     @property
     def has_due(self) -> bool:
