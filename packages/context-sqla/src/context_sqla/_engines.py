@@ -211,7 +211,15 @@ def watch(engine: AsyncEngine) -> Watch:
 
 def line_of(connection: Connection) -> Line | None:
     """Return the state of a connection, None once it is closed, lost, or where its engine is not watched."""
-    return None if connection.closed or connection.invalidated else known_line(connection)
+    return None if connection.closed or connection.invalidated else _known(connection)
+
+
+def line_of_new(connection: Connection) -> Line | None:
+    """Return the state of a connection on which a transaction has begun, in two phases perhaps, of which no dialect tells."""
+    line = line_of(connection)
+    if line is None and connection.dialect in _wrapped and not (connection.closed or connection.invalidated):
+        line = _note(connection)
+    return line
 
 
 def _listen_to_connections(engine: Engine) -> None:
@@ -238,7 +246,7 @@ def _listen_to_connections(engine: Engine) -> None:
 
 def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, options: Any) -> None:
     """Note a statement that is on its way: aiosqlite makes its cursor in a thread; no commit may overtake it (P7a)."""
-    if (line := known_line(conn)) is not None:
+    if (line := _known(conn)) is not None:
         line.running[getcurrent()] = getcurrent()
 
 
@@ -301,9 +309,11 @@ def _rolling_back(roll_back: Callable[[Any, str], None]) -> Callable[[Any, str],
     return rolling_back
 
 
-def known_line(connection: Any) -> Line | None:
-    """Return the state of a connection that is open, None where nothing was noted: its engine is not watched."""
-    line: Line | None = connection.info.get(KEY)
+def _known(connection: Any) -> Line | None:
+    try:
+        line: Line | None = connection.info.get(KEY)
+    except NotImplementedError:  # the connection on which SQLAlchemy gets to know the database is none of the pool's yet
+        return None
     return line
 
 
@@ -311,7 +321,7 @@ def _note(connection: Any) -> Line | None:
     """Return the state of a connection on which something begins; the first time in a checkout it is made."""
     try:
         info = connection.info
-    except NotImplementedError:  # the connection on which SQLAlchemy gets to know the database is none of the pool's yet
+    except NotImplementedError:
         return None
     line: Line | None = info.get(KEY)
     if line is None:

@@ -7,7 +7,7 @@ from sqlalchemy.engine import Connection, TwoPhaseTransaction
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _drivers
-from ._engines import Line, known_line
+from ._engines import Line, line_of_new
 
 
 class Prepared:
@@ -35,7 +35,7 @@ class Lines:
 
     def add(self, connection: Connection) -> None:
         """Note a connection; one whose engine is not watched cannot be asked."""
-        if (line := known_line(connection)) is not None:
+        if (line := line_of_new(connection)) is not None:
             self._all.append((connection, line))
 
     def clear(self) -> None:
