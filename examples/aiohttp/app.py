@@ -86,7 +86,7 @@ async def list_users(request: web.Request) -> web.Response:
 
 
 async def export(request: web.Request) -> web.Response:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[bytes]:
         session = await db_session(db)
@@ -100,7 +100,7 @@ async def export(request: web.Request) -> web.Response:
 
 
 async def greet(request: web.Request) -> web.Response:
-    """Answer at once; the job has a unit of its own, and runs only if this one has committed."""
+    """Answer at once; the job is a unit of its own, and runs only if this one commits."""
     user = await find_user(request.match_info["name"])
     name = user.name
     on_commit(lambda: start(send_greeting, name))
@@ -124,7 +124,7 @@ async def send_greeting(name: str) -> None:
 
 
 async def stats(request: web.Request) -> web.Response:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),

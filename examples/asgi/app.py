@@ -96,7 +96,7 @@ async def list_users(scope: Scope, send: Send) -> None:
 
 
 async def export(scope: Scope, send: Send) -> None:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
     headers = [(b"content-type", b"text/csv")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send(chunk("name,score\n"))
@@ -118,7 +118,7 @@ async def greet(scope: Scope, send: Send) -> None:
 
 
 async def stats(scope: Scope, send: Send) -> None:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),

@@ -91,7 +91,7 @@ class Users:
 
 class Export:
     async def on_get(self, req: Request, resp: Response) -> None:
-        """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+        """Stream rows in a transaction of the body, which ends before the last byte."""
 
         async def lines() -> AsyncIterator[bytes]:
             session = await db_session(db)
@@ -120,7 +120,7 @@ async def send_greeting(name: str) -> None:
 
 class Stats:
     async def on_get(self, req: Request, resp: Response) -> None:
-        """Ask two questions at once, each in a unit of work and on a connection of its own."""
+        """Ask two questions at once, each in a unit and on a connection of its own."""
         users, greeted = await asyncio.gather(
             run_in_new_ctx(count_users),
             run_in_new_ctx(count_users, greeted=True),

@@ -115,12 +115,12 @@ async def create(name: str) -> dict[str, str]:
 async def list_users() -> list[dict[str, Any]]:
     session = await db_session(db)
     users = await session.scalars(select(User).order_by(User.id))
-    return [{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users]
+    return [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
 
 
 @app.get("/export")
 async def export() -> StreamingResponse:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
@@ -149,7 +149,7 @@ async def send_greeting(name: str) -> None:
 
 @app.get("/stats")
 async def stats() -> dict[str, int]:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),

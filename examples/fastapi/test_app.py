@@ -166,6 +166,13 @@ async def test_over_a_real_port() -> None:
     """What `python app.py --check` sees is what it must be, the websocket included."""
     program = [sys.executable, str(Path(__file__).with_name("app.py")), "--check"]
 
-    done = await asyncio.to_thread(subprocess.run, program, env=os.environ, capture_output=True, text=True, timeout=120)
+    done = await asyncio.to_thread(
+        subprocess.run,
+        program,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr

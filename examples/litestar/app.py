@@ -88,12 +88,12 @@ async def create(name: FromQuery[str]) -> dict[str, str]:
 async def list_users(session: NamedDependency[AsyncSession]) -> list[dict[str, Any]]:
     """Take the session as a dependency: it is the one that `db_session(db)` returns."""
     users = await session.scalars(select(User).order_by(User.id))
-    return [{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users]
+    return [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
 
 
 @get("/export")
 async def export() -> Stream:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
@@ -122,7 +122,7 @@ async def send_greeting(name: str) -> None:
 
 @get("/stats")
 async def stats() -> dict[str, int]:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),
@@ -182,11 +182,13 @@ def name_is_taken(
     exc: IntegrityError,
 ) -> Response[dict[str, str]]:
     """Answer the unique constraint, also when it speaks only at the commit."""
-    return Response({"detail": "this name is taken"}, status_code=409, media_type=MediaType.JSON)
+    answer = {"detail": "this name is taken"}
+    return Response(answer, status_code=409, media_type=MediaType.JSON)
 
 
 def refuse(request: Request[Any, Any, Any], exc: HTTPException) -> Response[dict[str, str]]:
-    return Response({"detail": exc.detail}, status_code=exc.status_code, media_type=MediaType.JSON)
+    answer = {"detail": exc.detail}
+    return Response(answer, status_code=exc.status_code, media_type=MediaType.JSON)
 
 
 async def create_tables() -> None:

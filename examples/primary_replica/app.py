@@ -1,4 +1,4 @@
-"""A FastAPI application on a PostgreSQL cluster: writes go to the primary, reads to replicas.
+"""FastAPI on a PostgreSQL cluster: writes go to the primary, reads to replicas.
 
 A visitor reads what that visitor wrote. `python cluster.py` starts three servers and this
 application, with all of these set:
@@ -6,7 +6,7 @@ application, with all of these set:
 CONTEXT_SQLA_HOSTS_HOSTS=db1,db2,db3     the servers, in any order; roles are found out
 CONTEXT_SQLA_HOSTS_USER, ..._PASSWORD    of the monitor, which needs pg_monitor
 DATABASE_URL=postgresql+asyncpg://...    of the application; the host in it is replaced
-TOKEN_KEYS=new,old                       16 bytes or more; the first signs, all are accepted
+TOKEN_KEYS=new,old                       16 bytes or more each; the first signs
 """
 
 import os
@@ -79,7 +79,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(title="context-sqla with a primary and replicas", lifespan=lifespan)
 setup(app, db, reads)  # a unit of work per request; both connects are closed at shutdown
-app.add_middleware(ReadYourWritesMiddleware, writes=writes)  # last: it stands outside of the commit
+# Last, so that it stands outside of the commit.
+app.add_middleware(ReadYourWritesMiddleware, writes=writes)
 # A page, /metrics, /hosts; where strangers can reach it, leave it out.
 app.mount("/postgres", StatusApp(hosts))
 
@@ -93,7 +94,7 @@ class NoteIn(BaseModel):
 async def write(key: str, note: NoteIn, response: Response) -> dict[str, Any]:
     """Write on the primary.
 
-    The client chooses the key, so that it can ask again if it does not know what has happened.
+    The client chooses the key, so that it can ask again where the outcome is unknown.
     """
     session = await db_session(db)
     row = insert(Note).values(key=key, author=note.author, text=note.text)

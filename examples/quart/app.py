@@ -91,7 +91,7 @@ async def list_users() -> Response:
 
 @app.get("/export")
 async def export() -> Response:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
@@ -120,7 +120,7 @@ async def send_greeting(name: str) -> None:
 
 @app.get("/stats")
 async def stats() -> dict[str, int]:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),

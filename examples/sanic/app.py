@@ -93,7 +93,7 @@ async def list_users(request: Request) -> JSONResponse:
 
 @app.get("/export")
 async def export(request: Request) -> None:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
     response = await request.respond(content_type="text/csv")
     session = await db_session(db)
     query = select(User).order_by(User.id).execution_options(yield_per=100)
@@ -105,7 +105,7 @@ async def export(request: Request) -> None:
 
 @app.post("/users/<name>/greeting")
 async def greet(request: Request, name: str) -> JSONResponse:
-    """Answer at once; the job starts when the request has committed, in a unit of its own."""
+    """Answer at once; the job starts after the commit, in a unit of its own."""
     await find_user(name)
     job = f"greeting for {name}"
     on_commit(lambda: app.add_task(run_in_new_ctx(send_greeting, name), name=job))
@@ -119,7 +119,7 @@ async def send_greeting(name: str) -> None:
 
 @app.get("/stats")
 async def stats(request: Request) -> JSONResponse:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),

@@ -80,7 +80,8 @@ async def count_users(*, greeted: bool | None = None) -> int:
 async def create(request: Request) -> JSONResponse:
     name = request.query_params["name"]
     await create_user(name)
-    return JSONResponse({"name": name}, status_code=201)  # committed before the client sees it
+    # What was added is committed before the client sees this.
+    return JSONResponse({"name": name}, status_code=201)
 
 
 async def list_users(request: Request) -> JSONResponse:
@@ -91,7 +92,7 @@ async def list_users(request: Request) -> JSONResponse:
 
 
 async def export(request: Request) -> StreamingResponse:
-    """Stream rows: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
@@ -118,7 +119,7 @@ async def send_greeting(name: str) -> None:
 
 
 async def stats(request: Request) -> JSONResponse:
-    """Ask two questions at once, each in a unit of work and on a connection of its own."""
+    """Ask two questions at once, each in a unit and on a connection of its own."""
     users, greeted = await asyncio.gather(
         run_in_new_ctx(count_users),
         run_in_new_ctx(count_users, greeted=True),
