@@ -3,12 +3,15 @@
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.addnodes import desc_signature
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -30,6 +33,7 @@ myst_heading_anchors = 3
 
 add_module_names = False
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as they are written, not "<function _unavailable>"
 autodoc_typehints_format = "short"
 default_role = "py:obj"  # `name` in a docstring is a link where the name is known, and code everywhere
 maximum_signature_line_length = 80
@@ -37,6 +41,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
+smartquotes_action = "D"  # dashes, but no quotes: messages of errors are to be found as they are printed
 suppress_warnings = ["ref.python"]  # `Rule` is the same type in every adapter; a link leads to one of them
 toc_object_entries_show_parents = "hide"
 
@@ -90,6 +95,9 @@ _ELSEWHERE = {
     },
 }
 _LINKS = {name: f"{site}{page}#{name}" for site, pages in _ELSEWHERE.items() for page, names in pages.items() for name in names}
+CONTRACT = "explanation/contract"
+_PROMISE = re.compile(r"\bP(?:1?[0-9]|20)[ab]?\b")
+_NO_LINKS = (nodes.literal, nodes.literal_block, nodes.reference, nodes.title, nodes.raw, nodes.strong, desc_signature)
 _KINDS = {"added": "Added", "changed": "Changed", "deprecated": "Deprecated", "removed": "Removed", "fixed": "Fixed"}
 
 
@@ -164,15 +172,52 @@ def hide_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def tidy_data(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Let a value not be described by the docstring of its type, and set "alias of" apart from what the page says."""
+    if what == "data" and lines:
+        lines[:] = ["", *lines] if lines[0].startswith("alias of") else []
+
+
 def link_elsewhere(app: Sphinx, env: Any, node: Any, content: nodes.TextElement) -> nodes.reference | None:
-    """Link a name of Python's or SQLAlchemy's, by its full name or by the last part of it."""
+    """Link a name of another module of ours, of Python's or SQLAlchemy's, by its full name or by the last part of it."""
     target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target:
+        return None
+    kinds = ("class", "exception", "function", "data")
+    ours = [(name, it) for name, it in env.domains.python_domain.objects.items() if it.objtype in kinds and not it.aliased]
+    found = [(name, it) for name, it in ours if name.rsplit(".", 1)[-1] == target]
+    if len(found) == 1:
+        name, it = found[0]
+        return make_refnode(app.builder, node.get("refdoc", ""), it.docname, it.node_id, content, name)
     names = [name for name in _LINKS if name == target or name.rsplit(".", 1)[-1] == target.rsplit(".", 1)[-1]]
-    if node.get("refdomain") != "py" or len(names) != 1:
+    if len(names) != 1:
         return None
     link = nodes.reference("", "", internal=False, refuri=_LINKS[names[0]], reftitle=names[0])
     link.append(content)
     return link
+
+
+def link_promises(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Let every "P4a" lead to that promise of the contract, where each has its number as its anchor."""
+    if app.builder.format != "html":
+        return
+    if docname == CONTRACT:
+        for strong in doctree.findall(nodes.strong):
+            if match := _PROMISE.match(strong.astext()):
+                strong.parent["ids"].append(match[0].lower())
+    page = app.builder.get_relative_uri(docname, CONTRACT)
+    for text in list(doctree.findall(nodes.Text)):
+        parts = re.split(rf"({_PROMISE.pattern})", text.astext())
+        if len(parts) > 1 and not any(isinstance(one, _NO_LINKS) for one in _around(text)):
+            new: list[nodes.Node] = [nodes.Text(part) for part in parts]
+            new[1::2] = [nodes.reference("", part, internal=True, refuri=f"{page}#{part.lower()}") for part in parts[1::2]]
+            text.parent.replace(text, [one for one in new if one.astext()])
+
+
+def _around(node: nodes.Node) -> Iterator[nodes.Node]:
+    while node.parent is not None:
+        node = node.parent
+        yield node
 
 
 def write_llms_txt(app: Sphinx, exception: Exception | None) -> None:
@@ -207,6 +252,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("include-read", read_included)
     app.connect("autodoc-process-signature", name_types)
     app.connect("autodoc-skip-member", hide_fields)
+    app.connect("autodoc-process-docstring", tidy_data)
     app.connect("missing-reference", link_elsewhere)
+    app.connect("doctree-resolved", link_promises)
     app.connect("build-finished", write_llms_txt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

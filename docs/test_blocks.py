@@ -1,8 +1,9 @@
 """Run every Python block of the documentation and of the packages' READMEs.
 
 The blocks of a page run one after the other in one namespace, which begins with the names of examples/tutorial/users.py and has
-its tables, in a folder of its own. A block may await at its top level. What readers need not see, assertions as a rule, stands
-in a comment that Sybil would run too; there, `client(app)` makes requests:
+its tables, in a folder of its own; `users` and `main`, the files of the tutorial, can be imported and are that namespace too.
+A block may await at its top level. What readers need not see, assertions as a rule, stands in a comment that Sybil would run
+too; there, `client(app)` makes requests:
 
 <!--- invisible-code-block: python
 assert True
@@ -71,7 +72,8 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     module.__dict__["client"] = _client
-    monkeypatch.setitem(sys.modules, "page", module)  # declarative classes look their module up
+    for name in ("page", "users", "main"):  # declarative classes look their module up; a page may be several files
+        monkeypatch.setitem(sys.modules, name, module)
     with asyncio.Runner() as runner:
         _run((ROOT / "examples" / "tutorial" / "users.py").read_text("utf-8") + _TABLES, "users.py", module, runner)
         for line, code in _blocks(page):

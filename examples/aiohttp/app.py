@@ -1,9 +1,10 @@
 """A small but complete aiohttp application on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -29,7 +30,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 jobs: set[asyncio.Task[None]] = set()  # a task that nobody holds may be collected
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
@@ -72,21 +74,24 @@ async def count_users(*, greeted: bool | None = None) -> int:
 async def create(request: web.Request) -> web.Response:
     name = request.query["name"]
     await create_user(name)
-    return web.json_response({"name": name}, status=201)  # committed before the client sees it
+    # What was added is committed before the client sees this.
+    return web.json_response({"name": name}, status=201)
 
 
 async def list_users(request: web.Request) -> web.Response:
     session = await db_session(db)
     users = await session.scalars(select(User).order_by(User.id))
-    return web.json_response([{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users])
+    rows = [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
+    return web.json_response(rows)
 
 
 async def export(request: web.Request) -> web.Response:
-    """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[bytes]:
         session = await db_session(db)
-        users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+        query = select(User).order_by(User.id).execution_options(yield_per=100)
+        users = await session.stream_scalars(query)
         yield b"name,score\n"
         async for user in users:
             yield f"{user.name},{user.score}\n".encode()
@@ -95,7 +100,7 @@ async def export(request: web.Request) -> web.Response:
 
 
 async def greet(request: web.Request) -> web.Response:
-    """Answer at once; the job runs in a unit of work of its own, and only if this one has committed."""
+    """Answer at once; the job is a unit of its own, and runs only if this one commits."""
     user = await find_user(request.match_info["name"])
     name = user.name
     on_commit(lambda: start(send_greeting, name))
@@ -103,7 +108,10 @@ async def greet(request: web.Request) -> web.Response:
 
 
 def start(job: Callable[[str], Awaitable[None]], name: str) -> None:
-    """Run a job in the background: aiohttp has no place for it, and a plain task would share the request's unit of work."""
+    """Run a job in the background, for which aiohttp has no place.
+
+    A plain task would share the request's unit of work.
+    """
     task = asyncio.create_task(run_in_new_ctx(job, name))
     jobs.add(task)
     task.add_done_callback(jobs.discard)
@@ -116,8 +124,11 @@ async def send_greeting(name: str) -> None:
 
 
 async def stats(request: web.Request) -> web.Response:
-    """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-    users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+    """Ask two questions at once, each in a unit and on a connection of its own."""
+    users, greeted = await asyncio.gather(
+        run_in_new_ctx(count_users),
+        run_in_new_ctx(count_users, greeted=True),
+    )
     return web.json_response({"users": users, "greeted": greeted})
 
 
@@ -140,7 +151,7 @@ async def ask_a_slow_service(name: str) -> int:
 
 
 async def websocket(request: web.Request) -> web.WebSocketResponse:
-    """Create a user for each message: one unit of work per message, none for the life of the socket."""
+    """Create a user for each message, in a unit of work that ends with it."""
     socket = web.WebSocketResponse()
     await socket.prepare(request)
     async for message in socket:
@@ -166,7 +177,10 @@ async def health(request: web.Request) -> web.Response:
 
 
 @web.middleware
-async def errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def errors(
+    request: web.Request,
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> web.StreamResponse:
     """Answer the unique constraint, also when it speaks only at the commit."""
     try:
         return await handler(request)

@@ -1,9 +1,10 @@
 """A small ASGI application without a framework, on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -36,7 +37,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
 
@@ -82,21 +84,25 @@ async def count_users(*, greeted: bool | None = None) -> int:
 async def create(scope: Scope, send: Send) -> None:
     name = parse_qs(scope["query_string"].decode())["name"][0]
     await create_user(name)
-    await answer(send, 201, {"name": name})  # committed before this leaves, or an error is raised here
+    # This raises the error of the commit, or what was added is there before it leaves.
+    await answer(send, 201, {"name": name})
 
 
 async def list_users(scope: Scope, send: Send) -> None:
     session = await db_session(db)
     users = await session.scalars(select(User).order_by(User.id))
-    await answer(send, 200, [{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users])
+    rows = [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
+    await answer(send, 200, rows)
 
 
 async def export(scope: Scope, send: Send) -> None:
-    """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/csv")]})
+    """Stream rows in a transaction of the body, which ends before the last byte."""
+    headers = [(b"content-type", b"text/csv")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send(chunk("name,score\n"))
     session = await db_session(db)
-    users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+    query = select(User).order_by(User.id).execution_options(yield_per=100)
+    users = await session.stream_scalars(query)
     async for user in users:
         await send(chunk(f"{user.name},{user.score}\n"))
     await send({"type": "http.response.body"})
@@ -112,8 +118,11 @@ async def greet(scope: Scope, send: Send) -> None:
 
 
 async def stats(scope: Scope, send: Send) -> None:
-    """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-    users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+    """Ask two questions at once, each in a unit and on a connection of its own."""
+    users, greeted = await asyncio.gather(
+        run_in_new_ctx(count_users),
+        run_in_new_ctx(count_users, greeted=True),
+    )
     await answer(send, 200, {"users": users, "greeted": greeted})
 
 
@@ -163,12 +172,12 @@ async def http(scope: Scope, send: Send) -> None:
         await route(scope, send)
     except NotFoundError:
         await answer(send, 404, {"detail": "nobody has this name"})
-    except IntegrityError:  # also that of the commit: `send` raised it instead of sending the head
+    except IntegrityError:  # also that of the commit: `send` raised it, and sent no head
         await answer(send, 409, {"detail": "this name is taken"})
 
 
 async def websocket(receive: Receive, send: Send) -> None:
-    """Create a user for each message: one unit of work per message, none for the life of the socket."""
+    """Create a user for each message, in a unit of work that ends with it."""
     await receive()
     await send({"type": "websocket.accept"})
     while (message := await receive())["type"] == "websocket.receive":

@@ -1,9 +1,10 @@
 """A small but complete Falcon application on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -35,7 +36,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
 
@@ -83,16 +85,18 @@ class Users:
     async def on_get(self, req: Request, resp: Response) -> None:
         session = await db_session(db)
         users = await session.scalars(select(User).order_by(User.id))
-        resp.media = [{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users]
+        rows = [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
+        resp.media = rows
 
 
 class Export:
     async def on_get(self, req: Request, resp: Response) -> None:
-        """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
+        """Stream rows in a transaction of the body, which ends before the last byte."""
 
         async def lines() -> AsyncIterator[bytes]:
             session = await db_session(db)
-            users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+            query = select(User).order_by(User.id).execution_options(yield_per=100)
+            users = await session.stream_scalars(query)
             yield b"name,score\n"
             async for user in users:
                 yield f"{user.name},{user.score}\n".encode()
@@ -116,8 +120,11 @@ async def send_greeting(name: str) -> None:
 
 class Stats:
     async def on_get(self, req: Request, resp: Response) -> None:
-        """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-        users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+        """Ask two questions at once, each in a unit and on a connection of its own."""
+        users, greeted = await asyncio.gather(
+            run_in_new_ctx(count_users),
+            run_in_new_ctx(count_users, greeted=True),
+        )
         resp.media = {"users": users, "greeted": greeted}
 
 
@@ -142,7 +149,7 @@ async def ask_a_slow_service(name: str) -> int:
 
 class Talk:
     async def on_websocket(self, req: Request, ws: WebSocket) -> None:
-        """Create a user for each message: one unit of work per message, none for the life of the socket."""
+        """Create a user for each message, in a unit of work that ends with it."""
         await ws.accept()
         with contextlib.suppress(falcon.WebSocketDisconnected):
             while True:
@@ -168,12 +175,22 @@ class Health:
         resp.media = {"checked_out": db.pool_status().checked_out}
 
 
-async def name_is_taken(req: Request, resp: Response, exc: IntegrityError, params: dict[str, Any]) -> None:
+async def name_is_taken(
+    req: Request,
+    resp: Response,
+    exc: IntegrityError,
+    params: dict[str, Any],
+) -> None:
     """Answer the unique constraint, also when it speaks only at the commit."""
     resp.status, resp.media = 409, {"detail": "this name is taken"}
 
 
-async def refuse(req: Request, resp: Response, exc: falcon.HTTPNotFound, params: dict[str, Any]) -> None:
+async def refuse(
+    req: Request,
+    resp: Response,
+    exc: falcon.HTTPNotFound,
+    params: dict[str, Any],
+) -> None:
     resp.status, resp.media = exc.status, {"detail": exc.description}
 
 

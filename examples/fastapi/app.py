@@ -1,9 +1,10 @@
 """A small but complete FastAPI application on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -31,10 +32,11 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-# ------------------------------------------------------------------------------------------------------------ the database
+# --------------------------------------------------------------------------- the database
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 
 
 class Base(DeclarativeBase):
@@ -50,13 +52,15 @@ class User(Base):
     score: Mapped[int | None]
 
 
-# Nothing is passed through the layers: a function that needs the session asks for it, and gets the one of its unit of work.
+# Nothing is passed through the layers: a function that needs the session asks for it,
+# and gets the one of its unit of work.
 
 
 async def create_user(name: str) -> None:
     session = await db_session(db)
     session.add(User(name=name))
-    on_commit(lambda: outbox.append(f"welcome, {name}"))  # not before the row is there, and never without it
+    # Not before the row is there, and never without it.
+    on_commit(lambda: outbox.append(f"welcome, {name}"))
 
 
 async def find_user(name: str) -> User:
@@ -81,7 +85,7 @@ async def create_tables() -> None:
         await connection.run_sync(Base.metadata.create_all)
 
 
-# ---------------------------------------------------------------------------------------------------------- the application
+# ------------------------------------------------------------------------ the application
 
 
 @asynccontextmanager
@@ -111,16 +115,17 @@ async def create(name: str) -> dict[str, str]:
 async def list_users() -> list[dict[str, Any]]:
     session = await db_session(db)
     users = await session.scalars(select(User).order_by(User.id))
-    return [{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users]
+    return [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
 
 
 @app.get("/export")
 async def export() -> StreamingResponse:
-    """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
-        users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+        query = select(User).order_by(User.id).execution_options(yield_per=100)
+        users = await session.stream_scalars(query)
         yield "name,score\n"
         async for user in users:
             yield f"{user.name},{user.score}\n"
@@ -144,8 +149,11 @@ async def send_greeting(name: str) -> None:
 
 @app.get("/stats")
 async def stats() -> dict[str, int]:
-    """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-    users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+    """Ask two questions at once, each in a unit and on a connection of its own."""
+    users, greeted = await asyncio.gather(
+        run_in_new_ctx(count_users),
+        run_in_new_ctx(count_users, greeted=True),
+    )
     return {"users": users, "greeted": greeted}
 
 
@@ -170,7 +178,7 @@ async def ask_a_slow_service(name: str) -> int:
 
 @app.websocket("/ws")
 async def websocket(websocket: WebSocket) -> None:
-    """Create a user for each message: one unit of work per message, none for the life of the socket."""
+    """Create a user for each message, in a unit of work that ends with it."""
     await websocket.accept()
     async for name in websocket.iter_text():
         try:

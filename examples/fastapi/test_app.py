@@ -1,6 +1,6 @@
-"""The application's tests, both ways: in one transaction that is rolled back at the end, and with real commits.
+"""The tests of the application, each both ways: rolled back at its end, and with real commits.
 
-Every test of the application runs both ways. On another database: `DATABASE_URL=... pytest examples/fastapi`.
+On another database: `DATABASE_URL=... pytest examples/fastapi`.
 """
 
 import asyncio
@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from context_sqla import db_context, db_session, new_non_ctx_atomic_session, new_non_ctx_session
-from context_sqla.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
+from context_sqla import (
+    db_context,
+    db_session,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+)
+from context_sqla.testing import (
+    put_savepoint_session_in_ctx,
+    rollback_session,
+    set_test_context,
+)
 from httpx import ASGITransport, AsyncClient
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -54,7 +63,7 @@ async def _client(both_ways: str) -> AsyncIterator[AsyncClient]:
 
 
 async def names() -> list[str]:
-    """Look at what the application has written, as the application itself would: in the shared transaction or outside."""
+    """Look at what is there as the application does: in the shared transaction or outside."""
     async with db_context():
         session = await db_session(db)
         return list(await session.scalars(select(User.name).order_by(User.id)))
@@ -141,7 +150,11 @@ async def test_an_answer_means_committed(client: AsyncClient) -> None:
 
 @pytest.mark.parametrize("both_ways", ["real commits"], indirect=True)
 async def test_a_shared_transaction_leaves_nothing(client: AsyncClient) -> None:
-    async with rollback_session(db) as session, set_test_context(), put_savepoint_session_in_ctx(db, session):
+    async with (
+        rollback_session(db) as session,
+        set_test_context(),
+        put_savepoint_session_in_ctx(db, session),
+    ):
         await client.post("/users", params={"name": "Ada"})
         assert await names() == ["Ada"]
 
@@ -153,6 +166,13 @@ async def test_over_a_real_port() -> None:
     """What `python app.py --check` sees is what it must be, the websocket included."""
     program = [sys.executable, str(Path(__file__).with_name("app.py")), "--check"]
 
-    done = await asyncio.to_thread(subprocess.run, program, env=os.environ, capture_output=True, text=True, timeout=120)
+    done = await asyncio.to_thread(
+        subprocess.run,
+        program,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr

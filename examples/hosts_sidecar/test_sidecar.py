@@ -21,8 +21,9 @@ KNOWN = {"ARG", "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK", "RU
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Read a Containerfile: one instruction a line, comments left out."""
-    lines = [line for line in (HERE / "Containerfile").read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    """Read a Containerfile: one instruction a line, or on several that end with a backslash; comments left out."""
+    text = (HERE / "Containerfile").read_text("utf-8").replace("\\\n", "")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
 
 

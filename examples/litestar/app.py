@@ -1,9 +1,10 @@
 """A small but complete Litestar application on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -37,7 +38,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
 
@@ -86,16 +88,17 @@ async def create(name: FromQuery[str]) -> dict[str, str]:
 async def list_users(session: NamedDependency[AsyncSession]) -> list[dict[str, Any]]:
     """Take the session as a dependency: it is the one that `db_session(db)` returns."""
     users = await session.scalars(select(User).order_by(User.id))
-    return [{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users]
+    return [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
 
 
 @get("/export")
 async def export() -> Stream:
-    """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
-        users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+        query = select(User).order_by(User.id).execution_options(yield_per=100)
+        users = await session.stream_scalars(query)
         yield "name,score\n"
         async for user in users:
             yield f"{user.name},{user.score}\n"
@@ -107,7 +110,8 @@ async def export() -> Stream:
 async def greet(name: FromPath[str]) -> Response[dict[str, str]]:
     """Answer at once; the job runs afterwards, in a unit of work of its own."""
     user = await find_user(name)
-    return Response({"name": user.name}, status_code=202, background=BackgroundTask(send_greeting, user.name))
+    job = BackgroundTask(send_greeting, user.name)
+    return Response({"name": user.name}, status_code=202, background=job)
 
 
 async def send_greeting(name: str) -> None:
@@ -118,8 +122,11 @@ async def send_greeting(name: str) -> None:
 
 @get("/stats")
 async def stats() -> dict[str, int]:
-    """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-    users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+    """Ask two questions at once, each in a unit and on a connection of its own."""
+    users, greeted = await asyncio.gather(
+        run_in_new_ctx(count_users),
+        run_in_new_ctx(count_users, greeted=True),
+    )
     return {"users": users, "greeted": greeted}
 
 
@@ -144,7 +151,7 @@ async def ask_a_slow_service(name: str) -> int:
 
 @websocket("/ws")
 async def talk(socket: WebSocket[Any, Any, Any]) -> None:
-    """Create a user for each message: one unit of work per message, none for the life of the socket."""
+    """Create a user for each message, in a unit of work that ends with it."""
     await socket.accept()
     with suppress(WebSocketDisconnect):
         while True:
@@ -170,13 +177,18 @@ async def health() -> dict[str, int]:
     return {"checked_out": db.pool_status().checked_out}
 
 
-def name_is_taken(request: Request[Any, Any, Any], exc: IntegrityError) -> Response[dict[str, str]]:
+def name_is_taken(
+    request: Request[Any, Any, Any],
+    exc: IntegrityError,
+) -> Response[dict[str, str]]:
     """Answer the unique constraint, also when it speaks only at the commit."""
-    return Response({"detail": "this name is taken"}, status_code=409, media_type=MediaType.JSON)
+    answer = {"detail": "this name is taken"}
+    return Response(answer, status_code=409, media_type=MediaType.JSON)
 
 
 def refuse(request: Request[Any, Any, Any], exc: HTTPException) -> Response[dict[str, str]]:
-    return Response({"detail": exc.detail}, status_code=exc.status_code, media_type=MediaType.JSON)
+    answer = {"detail": exc.detail}
+    return Response(answer, status_code=exc.status_code, media_type=MediaType.JSON)
 
 
 async def create_tables() -> None:
@@ -189,7 +201,8 @@ app = Litestar(
     [create, list_users, export, greet, stats, score, talk, read_outbox, health],
     exception_handlers={IntegrityError: name_is_taken, HTTPException: refuse},
     on_startup=[create_tables],
-    plugins=[ContextSQLAPlugin(db, session_key="session")],  # a unit of work per request; db is closed at shutdown
+    # A unit of work per request; db is closed at shutdown.
+    plugins=[ContextSQLAPlugin(db, session_key="session")],
 )
 
 

@@ -1,11 +1,12 @@
-"""A FastAPI application on a PostgreSQL cluster: writes go to the primary, reads to replicas, and visitors read what they wrote.
+"""FastAPI on a PostgreSQL cluster: writes go to the primary, reads to replicas.
 
-CONTEXT_SQLA_HOSTS_HOSTS=db1,db2,db3           the servers, in any order; roles are found out
-CONTEXT_SQLA_HOSTS_USER, ..._PASSWORD          of the monitor, which needs pg_monitor
-DATABASE_URL=postgresql+asyncpg://user:secret@any/app     of the application; its host is replaced
-TOKEN_KEYS=new,old                             secrets of 16 bytes or more; the first signs, all are accepted
+A visitor reads what that visitor wrote. `python cluster.py` starts three servers and this
+application, with all of these set:
 
-python cluster.py                              starts three servers, sets all that, and starts this application
+CONTEXT_SQLA_HOSTS_HOSTS=db1,db2,db3     the servers, in any order; roles are found out
+CONTEXT_SQLA_HOSTS_USER, ..._PASSWORD    of the monitor, which needs pg_monitor
+DATABASE_URL=postgresql+asyncpg://...    of the application; the host in it is replaced
+TOKEN_KEYS=new,old                       16 bytes or more each; the first signs
 """
 
 import os
@@ -15,7 +16,15 @@ from typing import Any
 
 from context_sqla import DBConnect, db_context, db_session
 from context_sqla_fastapi import setup
-from context_sqla_hosts import Hosts, ReadYourWrites, ReadYourWritesMiddleware, StatusApp, at_least, is_host_failure, primary
+from context_sqla_hosts import (
+    Hosts,
+    ReadYourWrites,
+    ReadYourWritesMiddleware,
+    StatusApp,
+    at_least,
+    is_host_failure,
+    primary,
+)
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -24,19 +33,21 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-# ------------------------------------------------------------------------------------------------------------ the database
+# --------------------------------------------------------------------------- the database
 
 hosts = Hosts.from_env()
 
 db = DBConnect.from_url(
     os.environ["DATABASE_URL"],
     name="notes",
-    before_create_session_handler=primary(hosts, wait=5),  # seconds for which a request waits for a primary; then it is a 503
+    # Seconds for which a request waits for a primary; then it is a 503.
+    before_create_session_handler=primary(hosts, wait=5),
 )
 reads = DBConnect.from_url(
     os.environ["DATABASE_URL"],
     name="notes, reading",
-    before_create_session_handler=at_least(hosts, max_lag=10),  # what the visitor wrote, and of others what is 10 s old
+    # What the visitor wrote, and of others what is 10 s old.
+    before_create_session_handler=at_least(hosts, max_lag=10),
     idle_host_grace=60,  # replicas take turns: the connections to all of them are kept
 )
 writes = ReadYourWrites(hosts, db, keys=os.environ["TOKEN_KEYS"].split(","))
@@ -54,7 +65,7 @@ class Note(Base):
     text: Mapped[str]
 
 
-# ---------------------------------------------------------------------------------------------------------- the application
+# ------------------------------------------------------------------------ the application
 
 
 @asynccontextmanager
@@ -68,8 +79,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(title="context-sqla with a primary and replicas", lifespan=lifespan)
 setup(app, db, reads)  # a unit of work per request; both connects are closed at shutdown
-app.add_middleware(ReadYourWritesMiddleware, writes=writes)  # last: it stands outside of the commit
-app.mount("/postgres", StatusApp(hosts))  # a page, /metrics, /hosts; where strangers can reach it, leave it out
+# Last, so that it stands outside of the commit.
+app.add_middleware(ReadYourWritesMiddleware, writes=writes)
+# A page, /metrics, /hosts; where strangers can reach it, leave it out.
+app.mount("/postgres", StatusApp(hosts))
 
 
 class NoteIn(BaseModel):
@@ -79,10 +92,13 @@ class NoteIn(BaseModel):
 
 @app.put("/notes/{key}", status_code=201)
 async def write(key: str, note: NoteIn, response: Response) -> dict[str, Any]:
-    """Write on the primary. The client chooses the key, so that it can ask again when it does not know what has happened."""
+    """Write on the primary.
+
+    The client chooses the key, so that it can ask again where the outcome is unknown.
+    """
     session = await db_session(db)
-    statement = insert(Note).values(key=key, author=note.author, text=note.text).on_conflict_do_nothing().returning(Note.key)
-    if await session.scalar(statement) is None:
+    row = insert(Note).values(key=key, author=note.author, text=note.text)
+    if await session.scalar(row.on_conflict_do_nothing().returning(Note.key)) is None:
         response.status_code = 200  # it is there already
     return {"key": key, "server": await session.scalar(select(func.inet_server_port()))}
 
@@ -91,7 +107,8 @@ async def write(key: str, note: NoteIn, response: Response) -> dict[str, Any]:
 async def read(key: str) -> dict[str, Any]:
     """Read on a replica: one that has what this visitor wrote, or else the primary."""
     session = await db_session(reads)
-    found = (await session.execute(select(Note, func.inet_server_port()).where(Note.key == key))).one_or_none()
+    query = select(Note, func.inet_server_port()).where(Note.key == key)
+    found = (await session.execute(query)).one_or_none()
     if found is None:
         raise HTTPException(404, "there is no such note")
     note, server = found
@@ -101,7 +118,8 @@ async def read(key: str) -> dict[str, Any]:
 @app.get("/notes")
 async def list_notes(author: str) -> list[str]:
     session = await db_session(reads)
-    return list(await session.scalars(select(Note.key).where(Note.author == author).order_by(Note.key)))
+    query = select(Note.key).where(Note.author == author).order_by(Note.key)
+    return list(await session.scalars(query))
 
 
 @app.get("/ready")
@@ -114,10 +132,14 @@ async def ready() -> dict[str, Any]:
 @app.exception_handler(DBAPIError)
 @app.exception_handler(OSError)
 async def server_was_lost(request: Request, exc: Exception) -> JSONResponse:
-    """Tell the client to ask again when a server died under its request. Whether a write was done is not known: its key helps."""
+    """Tell the client to ask again when a server died under its request.
+
+    Whether a write was done is not known: its key helps.
+    """
     if not is_host_failure(exc):
         raise exc
-    return JSONResponse({"detail": "the database was lost; ask again"}, 503, headers={"Retry-After": "1"})
+    answer = {"detail": "the database was lost; ask again"}
+    return JSONResponse(answer, 503, headers={"Retry-After": "1"})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """A small but complete Sanic application on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
-sanic app:app                                                       serve it on Sanic's own server
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+sanic app:app             serve it on Sanic's own server
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -32,7 +33,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
 app = Sanic("example")
@@ -85,15 +87,17 @@ async def create(request: Request) -> JSONResponse:
 async def list_users(request: Request) -> JSONResponse:
     session = await db_session(db)
     users = await session.scalars(select(User).order_by(User.id))
-    return json([{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users])
+    rows = [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
+    return json(rows)
 
 
 @app.get("/export")
 async def export(request: Request) -> None:
-    """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
     response = await request.respond(content_type="text/csv")
     session = await db_session(db)
-    users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+    query = select(User).order_by(User.id).execution_options(yield_per=100)
+    users = await session.stream_scalars(query)
     await response.send("name,score\n")
     async for user in users:
         await response.send(f"{user.name},{user.score}\n")
@@ -101,9 +105,10 @@ async def export(request: Request) -> None:
 
 @app.post("/users/<name>/greeting")
 async def greet(request: Request, name: str) -> JSONResponse:
-    """Answer at once; the job starts when the request has committed, in a unit of work of its own."""
+    """Answer at once; the job starts after the commit, in a unit of its own."""
     await find_user(name)
-    on_commit(lambda: app.add_task(run_in_new_ctx(send_greeting, name), name=f"greeting for {name}"))
+    job = f"greeting for {name}"
+    on_commit(lambda: app.add_task(run_in_new_ctx(send_greeting, name), name=job))
     return json({"name": name}, status=202)
 
 
@@ -114,8 +119,11 @@ async def send_greeting(name: str) -> None:
 
 @app.get("/stats")
 async def stats(request: Request) -> JSONResponse:
-    """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-    users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+    """Ask two questions at once, each in a unit and on a connection of its own."""
+    users, greeted = await asyncio.gather(
+        run_in_new_ctx(count_users),
+        run_in_new_ctx(count_users, greeted=True),
+    )
     return json({"users": users, "greeted": greeted})
 
 
@@ -140,7 +148,7 @@ async def ask_a_slow_service(name: str) -> int:
 
 @app.websocket("/ws")
 async def users_socket(request: Request, ws: Websocket) -> None:
-    """Create a user for each message: one unit of work per message, none for the life of the socket."""
+    """Create a user for each message, in a unit of work that ends with it."""
     while (name := await ws.recv()) is not None:
         try:
             async with db_context():

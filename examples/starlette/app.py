@@ -1,9 +1,10 @@
 """A small but complete Starlette application on context-sqla.
 
-python app.py                                                       serve it, on an SQLite file that is gone afterwards
-DATABASE_URL=sqlite+aiosqlite:///users.db python app.py             ... on a file that stays
-DATABASE_URL=postgresql+asyncpg://user:secret@host/app python app.py   ... on PostgreSQL
-python app.py --check                                               make the requests, print what came, exit 0 or 1
+python app.py             serve it, on an SQLite file that is gone afterwards
+python app.py --check     make the requests, print what came, exit 0 or 1
+
+DATABASE_URL names another database, and a file that stays:
+sqlite+aiosqlite:///users.db, postgresql+asyncpg://user:secret@host/app
 """
 
 import asyncio
@@ -36,7 +37,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 folder = tempfile.TemporaryDirectory(prefix="context-sqla-", ignore_cleanup_errors=True)
-db = DBConnect.from_url(os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db", name="users")
+url = os.environ.get("DATABASE_URL") or f"sqlite+aiosqlite:///{folder.name}/users.db"
+db = DBConnect.from_url(url, name="users")
 outbox: list[str] = []  # stands for a queue, a mail server, a cache
 
 
@@ -78,21 +80,24 @@ async def count_users(*, greeted: bool | None = None) -> int:
 async def create(request: Request) -> JSONResponse:
     name = request.query_params["name"]
     await create_user(name)
-    return JSONResponse({"name": name}, status_code=201)  # committed before the client sees it
+    # What was added is committed before the client sees this.
+    return JSONResponse({"name": name}, status_code=201)
 
 
 async def list_users(request: Request) -> JSONResponse:
     session = await db_session(db)
     users = await session.scalars(select(User).order_by(User.id))
-    return JSONResponse([{"name": user.name, "greeted": user.greeted, "score": user.score} for user in users])
+    rows = [{"name": one.name, "greeted": one.greeted, "score": one.score} for one in users]
+    return JSONResponse(rows)
 
 
 async def export(request: Request) -> StreamingResponse:
-    """Stream rows as they come: the body has a transaction of its own, which ends before its last byte."""
+    """Stream rows in a transaction of the body, which ends before the last byte."""
 
     async def lines() -> AsyncIterator[str]:
         session = await db_session(db)
-        users = await session.stream_scalars(select(User).order_by(User.id).execution_options(yield_per=100))
+        query = select(User).order_by(User.id).execution_options(yield_per=100)
+        users = await session.stream_scalars(query)
         yield "name,score\n"
         async for user in users:
             yield f"{user.name},{user.score}\n"
@@ -103,7 +108,8 @@ async def export(request: Request) -> StreamingResponse:
 async def greet(request: Request) -> JSONResponse:
     """Answer at once; the job runs afterwards, in a unit of work of its own."""
     user = await find_user(request.path_params["name"])
-    return JSONResponse({"name": user.name}, status_code=202, background=BackgroundTask(send_greeting, user.name))
+    job = BackgroundTask(send_greeting, user.name)
+    return JSONResponse({"name": user.name}, status_code=202, background=job)
 
 
 async def send_greeting(name: str) -> None:
@@ -113,8 +119,11 @@ async def send_greeting(name: str) -> None:
 
 
 async def stats(request: Request) -> JSONResponse:
-    """Ask two questions at once: each runs in a unit of work of its own, on a connection of its own."""
-    users, greeted = await asyncio.gather(run_in_new_ctx(count_users), run_in_new_ctx(count_users, greeted=True))
+    """Ask two questions at once, each in a unit and on a connection of its own."""
+    users, greeted = await asyncio.gather(
+        run_in_new_ctx(count_users),
+        run_in_new_ctx(count_users, greeted=True),
+    )
     return JSONResponse({"users": users, "greeted": greeted})
 
 
@@ -137,7 +146,7 @@ async def ask_a_slow_service(name: str) -> int:
 
 
 async def websocket(websocket: WebSocket) -> None:
-    """Create a user for each message: one unit of work per message, none for the life of the socket."""
+    """Create a user for each message, in a unit of work that ends with it."""
     await websocket.accept()
     async for name in websocket.iter_text():
         try:

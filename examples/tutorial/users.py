@@ -3,7 +3,8 @@
 from context_sqla import DBConnect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-db = DBConnect.from_url("sqlite+aiosqlite:///users.db")  # or postgresql+asyncpg://user:secret@host/users
+# or "postgresql+asyncpg://user:secret@host/users"
+db = DBConnect.from_url("sqlite+aiosqlite:///users.db")
 
 
 class Base(DeclarativeBase):

@@ -62,8 +62,8 @@ class Hosts:
         locality: where this process is.
         localities: where the hosts are, for `replica(balance="nearest")`.
         weights: the hosts' shares of the reads, 1 where none is given; 0: only if there is no other.
-        patroni: the URLs of the hosts' Patroni REST interfaces, {"db1": "http://db1:8008"}: a host is no primary where another's
-            Patroni says that it leads. A second opinion; what makes a primary is what the server itself says.
+        patroni: the URLs of the hosts' Patroni REST interfaces, `{"db1": "http://db1:8008"}`: a host is no primary where
+            another's Patroni says that it leads. A second opinion; what makes a primary is what the server itself says.
 
     Raises:
         ValueError: a number that cannot be, or a host that is named twice or not at all.

@@ -158,12 +158,12 @@ def _guard(app: ASGIApp, owner: Starlette, *, last_too: bool | None) -> ASGIApp:
 
 
 async def _answer_outermost(error: Exception, scope: Scope, wire: Wire) -> bool:
-    """Answer as `_answer_commit_error` does, for a head that middleware made by itself; without a handler with a 500."""
+    """Let the handlers answer an error of the commit of a head that middleware made by itself; without one, a 500 does."""
     return await _answer_commit_error(error, scope, wire, outermost=True)
 
 
 async def _answer_unhandled(error: Exception, scope: Scope, wire: Wire) -> bool:
-    """Answer as `_answer_commit_error` does, and an `UnavailableError` that has no handler with 503."""
+    """Let the handlers answer an error of the commit; an `UnavailableError` that has none is answered with 503."""
     return await _answer_commit_error(error, scope, wire) or await ASGIHTTPDBSessionMiddleware.answer(error, scope, wire)
 
 
