@@ -24,7 +24,18 @@ KEY = "context_sqla"
 class Line:
     """The state of one connection of the driver, for as long as it is checked out."""
 
-    __slots__ = ("__weakref__", "cancelled", "committing", "cursor", "driver", "ended", "expired", "failure", "running", "sending")
+    __slots__ = (
+        "__weakref__",
+        "cancelled",
+        "committing",
+        "cursor",
+        "driver",
+        "ended",
+        "expired",
+        "failure",
+        "running",
+        "sending",
+    )
 
     def __init__(self, driver: Any) -> None:
         self.driver: Any = driver

@@ -18,7 +18,7 @@ BEGIN = object()
 class _Awaited:
     """What a driver awaits, as the task is shown it: cancelled at a protected moment, the driver's own goes on."""
 
-    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_is_protected", "_wake")
+    __slots__ = ("_asyncio_future_blocking", "_context", "_error", "_future", "_is_protected", "_wake")
 
     def __init__(self, future: "asyncio.Future[Any]", is_protected: Callable[[], bool]) -> None:
         self._future = future
@@ -37,11 +37,12 @@ class _Awaited:
             return self._future.cancel(msg)
         if not self._future.remove_done_callback(self._wake):
             return False  # it is done: the task is told when it wakes
+        self._error = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)  # by which anyio knows its own
         self._future.get_loop().call_soon(self._wake, self, context=self._context)
         return True
 
     def result(self) -> None:
-        raise asyncio.CancelledError
+        raise self._error
 
 
 class Left:
