@@ -50,9 +50,9 @@ class Work:
 
     async def ask(self):
         left = await drive(self.run(), BEGIN, lambda: self.protected)
-        if not isinstance(left, Left):
-            return left
-        await go_on(left, first=lambda: self.seen.append("moved"), patience=10)
+        if isinstance(left, Left):
+            await go_on(left, first=lambda: self.seen.append("moved"), patience=10)
+        return left
 
 
 async def test_what_nobody_cancels_stays_in_its_task():

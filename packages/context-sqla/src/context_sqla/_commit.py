@@ -29,23 +29,24 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
         slots: the sessions of the unit, in the order of their first use.
         keep: leave the transactions that asked for it open after their flush (P5).
     """
-    if len(slots) == 1 and slots[0].is_ready():
-        await _commit_ready(slots[0])
+    if len(slots) == 1 and slots[0].is_ready():  # as in most requests
+        await _attempt(slots, slots, slots, ready=True)
         return
     for slot in slots:
         if slot.evicted is not None:
             raise SessionBusyError(slot.evicted)
-    working = [slot for slot in slots if slot.open]
-    if not working:
-        return
+    if working := [slot for slot in slots if slot.open]:
+        await _attempt(slots, working, [slot for slot in working if not (keep and slot.kept)])
+
+
+async def _attempt(slots: Sequence[Slot], working: Sequence[Slot], committing: Sequence[Slot], *, ready: bool = False) -> None:
     for slot in slots:
         slot.seal()
-    committing = [slot for slot in working if not (keep and slot.kept)]
     done: list[Slot] = []
     try:
-        await _prepare(working, committing)
-        if len(committing) == 1 and committing[0].may_commit_here():
-            await _free(committing[0])  # a child may have begun a commit by hand meanwhile
+        if not ready:
+            await _prepare(working, committing)
+        if len(committing) == 1 and (ready or committing[0].may_commit_here()):
             await _commit_here(committing[0], done)
         elif committing:
             await settle(lambda: _commit_all(committing, done), patience=sum(map(_patience, committing)))
@@ -56,20 +57,6 @@ async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
     finally:
         for slot in slots:
             slot.unseal()
-
-
-async def _commit_ready(slot: Slot) -> None:
-    done: list[Slot] = []
-    slot.seal()
-    slot.hooked = True
-    try:
-        await _commit_here(slot, done)
-    except BaseException as exc:
-        _tell_completion(exc, (slot,), done)
-        await roll_back((slot,), exc)
-        raise
-    finally:
-        slot.unseal()
 
 
 async def roll_back(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
@@ -108,20 +95,16 @@ def refuse(slots: Sequence[Slot]) -> None:
 async def _prepare(slots: Sequence[Slot], committing: Sequence[Slot]) -> None:
     """Do all that can still fail harmlessly: wait for statements, flush, ask the hooks, look for a silent rollback."""
     for slot in slots:
-        if not slot.at_rest:
-            await _free(slot)
+        await _free(slot)
     for slot in slots:
-        if slot.dirty:
-            await slot.flush()
+        await slot.flush()
     for slot in committing:
         if slot.has_hooks and not slot.hooked:
             await slot.ask_hooks()
         slot.hooked = True
-        if slot.dirty:
-            await slot.flush()  # what the hooks, or listeners of the first one, have added
+        await slot.flush()  # what the hooks, or listeners of the first one, have added
     for slot in slots:
-        if slot.failed:
-            await slot.check()
+        await slot.check()
 
 
 async def _free(slot: Slot) -> None:
@@ -144,7 +127,9 @@ def _patience(slot: Slot) -> float:
 
 async def _commit_here(slot: Slot, done: list[Slot]) -> None:
     """Commit one session in this task, which is cancelled before its COMMIT is sent or after its answer has come (P7)."""
-    slot.deferring = True
+    if slot.busy:
+        await _free(slot)  # a child may have begun a commit by hand meanwhile
+    slot.hooked = slot.deferring = True
     try:
         left = await drive(slot.commit(), BEGIN, slot.lines.are_sending)
         if isinstance(left, Left):

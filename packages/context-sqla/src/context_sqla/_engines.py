@@ -111,13 +111,14 @@ def _discard_opened(task: asyncio.Task[Any]) -> None:
 class Watch:
     """The connections of one engine."""
 
-    __slots__ = ("__weakref__", "_open", "dialling", "late", "retired", "threads")
+    __slots__ = ("__weakref__", "_open", "_records", "dialling", "late", "retired", "threads")
 
     def __init__(self) -> None:
         self.threads: WeakSet[threading.Thread] = WeakSet()
         self.dialling: set[asyncio.Task[Any]] = set()  # connections that are being opened
         self.late: set[asyncio.Task[Any]] = set()  # ... for nobody any more
-        self._open: dict[int, tuple[Any, Any]] = {}  # connections, and the pool's records of them
+        self._open: dict[int, Any] = {}
+        self._records: WeakSet[Any] = WeakSet()  # the pool's, of connections that are or were open
         self.retired: bool = False  # connections are closed as they come back
 
     def cut_all(self) -> None:
@@ -130,8 +131,8 @@ class Watch:
         for task in self.dialling:
             task.cancel()
         everything = self._open
-        self._open = {id(dbapi): (dbapi, record) for dbapi, record in self._in_use()}
-        for key, (dbapi, _) in everything.items():
+        self._open = {id(dbapi): dbapi for record in self._in_use() if (dbapi := record.dbapi_connection) is not None}
+        for key, dbapi in everything.items():
             (_drivers.cut if key in self._open else _drivers.discard)(dbapi.driver_connection)
         return len(everything) + len(self.dialling)
 
@@ -148,9 +149,10 @@ class Watch:
     def forget(self) -> None:
         """Forget the connections, as they are."""
         self._open.clear()
+        self._records.clear()
 
-    def _in_use(self) -> list[tuple[Any, Any]]:
-        return [each for each in self._open.values() if each[1].in_use and each[1].dbapi_connection is each[0]]
+    def _in_use(self) -> list[Any]:
+        return [record for record in self._records if record.in_use]
 
     def is_alive(self) -> bool:
         """Return whether a connection is open or being opened, or one of their threads has something to report."""
@@ -170,7 +172,7 @@ class Watch:
             _drivers.drop(driver)
 
     def _drivers(self) -> list[Any]:
-        return [dbapi.driver_connection for dbapi, _ in list(self._open.values())]
+        return [dbapi.driver_connection for dbapi in list(self._open.values())]
 
     def listen(self, engine: Engine) -> None:
         """Follow the connections of an engine."""
@@ -190,7 +192,8 @@ class Watch:
             cparams["async_creator_fn"] = Dial(creator, self)
 
     def _connected(self, dbapi: Any, record: Any) -> None:
-        self._open[id(dbapi)] = (dbapi, record)
+        self._open[id(dbapi)] = dbapi
+        self._records.add(record)
 
     def _gone(self, dbapi: Any, *_: Any) -> None:
         self._open.pop(id(dbapi), None)

@@ -86,11 +86,6 @@ class Slot:
         """How long the unit's end waits for what is still going on."""
         return self.connect.drain_timeout if self.place else self.connect.cleanup_timeout
 
-    @property
-    def at_rest(self) -> bool:
-        """Whether nothing runs on the session, without a look at the database."""
-        return not self.busy and not self.lines.have_cursors()
-
     def is_ready(self) -> bool:
         """Whether nothing is to be done or asked before this session's COMMIT: so it is for most requests."""
         if not self.may_commit_here() or self.kept or self.has_hooks or self.dirty or self.busy:
@@ -103,7 +98,7 @@ class Slot:
 
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
-        if self.at_rest:
+        if not self.busy and not self.lines.have_cursors():
             return True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -168,8 +163,6 @@ class Slot:
     @property
     def failed(self) -> list[tuple[Connection, Line]]:
         """The connections on which a statement of this transaction has failed, of those that count (P4a)."""
-        if self.lines.are_well():
-            return []
         return self.lines.failed(cancelled_only=not self.connect.check_failed_transaction)
 
     async def check(self) -> None:

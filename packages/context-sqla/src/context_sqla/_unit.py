@@ -276,14 +276,12 @@ class Unit(Container):
         await self._end_slots()
 
     async def _decide(self, commits: bool, *, keep: bool = False, final: bool = False) -> None:
-        if self._opening:
-            await self._opened(self._patience)
+        await self._opened(self._patience)
         slots = self._own()
-        callbacks = self._on_commit
-        if callbacks and keep and any(slot.kept and slot.open for slot in slots):  # P14: not everything is committed here
-            callbacks = None
-        else:
-            self._on_commit = None
+        callbacks = None
+        # P14: not everything is committed here if a session keeps its transaction.
+        if self._on_commit and not (keep and any(slot.kept and slot.open for slot in slots)):
+            callbacks, self._on_commit = self._on_commit, None
         if not commits:
             self._drop_callbacks(slots)
             await _commit.roll_back(slots)
@@ -300,9 +298,8 @@ class Unit(Container):
             self._last_task = None
         if final:
             _commit.refuse(slots)  # P10: what a child task writes from here on would be lost
-        if self.borrowed:
-            for slot in self.borrowed.values():
-                await slot.flush()  # P12: a session of the test is flushed, and left to the test
+        for slot in (self.borrowed or {}).values():
+            await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
             await self._run_callbacks(callbacks, slots)
 
