@@ -44,9 +44,12 @@ async def _attempt(slots: Sequence[Slot], working: Sequence[Slot], committing: S
         slot.seal()
     done: list[Slot] = []
     try:
-        if not ready:
-            await _prepare(working, committing)
-        if len(committing) == 1 and (ready or committing[0].may_commit_here()):
+        if ready:
+            await _commit_here(committing[0], done)
+            return
+        await _prepare(working, committing)
+        if len(committing) == 1 and committing[0].may_commit_here():
+            await _free(committing[0])  # a child may have begun a commit by hand meanwhile
             await _commit_here(committing[0], done)
         elif committing:
             await settle(lambda: _commit_all(committing, done), patience=sum(map(_patience, committing)))
@@ -127,8 +130,6 @@ def _patience(slot: Slot) -> float:
 
 async def _commit_here(slot: Slot, done: list[Slot]) -> None:
     """Commit one session in this task, which is cancelled before its COMMIT is sent or after its answer has come (P7)."""
-    if slot.busy:
-        await _free(slot)  # a child may have begun a commit by hand meanwhile
     slot.hooked = slot.deferring = True
     try:
         left = await drive(slot.commit(), BEGIN, slot.lines.are_sending)
@@ -136,12 +137,11 @@ async def _commit_here(slot: Slot, done: list[Slot]) -> None:
             await go_on(left, first=slot.seal, patience=_patience(slot))
     finally:
         slot.deferring = False
-        if slot.is_committed:
+        if slot.committed:
             done.append(slot)
             if slot.has_due:
                 await settle(lambda: _run_due(slot), patience=_patience(slot))
-            else:
-                slot.told()
+            slot.committed = False
 
 
 async def _run_due(slot: Slot) -> None:

@@ -291,8 +291,10 @@ def _executing(execute: Callable[..., None]) -> Callable[..., None]:
 
 def _beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
     def beginning(connection: Any) -> None:
-        if (line := _note(connection)) is not None:
+        if (line := _known(connection)) is not None:
             line.restart()
+        else:
+            _note(connection)
         begin(connection)
 
     return beginning

@@ -18,11 +18,12 @@ from ._lines import Lines, Prepared
 from ._loops import LoopState
 from ._policy import BeforeCommitCallback
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
-from ._settle import TIMERS, logger, running_loop, settle
+from ._settle import logger, running_loop, settle
+from ._timed import Timed
 from .errors import ContextClosedError, ContextSqlaError, SessionBusyError, _outcome_of
 
 
-class Slot:
+class Slot(Timed):
     """A session in its unit.
 
     Args:
@@ -48,7 +49,7 @@ class Slot:
         self.prepared: list[Prepared] = []
         self.callbacks: Callbacks = Callbacks()
         self._due: list[Callback] = []
-        self._committed = False
+        self.committed: bool = False  # and who waited for it was not told yet
         self.here: LoopState | None = None  # that of the loop in which it was made for a unit
         self._limit: float | None = None
         self._held: asyncio.TimerHandle | None = None
@@ -187,7 +188,7 @@ class Slot:
         try:
             await self.session.commit()
         except BaseException as exc:
-            if not self._committed and self.lines.are_committing() and leaves_doubt(exc):
+            if not self.committed and self.lines.are_committing() and leaves_doubt(exc):
                 _outcome_of(exc).in_doubt = True
                 exc.add_note(f"{self.connect!r}: the connection died during COMMIT; nobody knows whether it was committed")
             raise
@@ -222,9 +223,10 @@ class Slot:
     async def abandon(self, reason: str) -> None:
         """Give the connection up: cut it, let the statement that runs on it fail, and forget it."""
         told = f"{self.connect!r}: the connection was cut because its unit ended: {reason}; {REMEDY}"
-        dead = self.cut(told)
+        shared = self.place is not None  # with the test
+        dead = shared or self.lines.cut(told)
         if self.lines:
-            await self.idle(min(1.0, self.connect.cleanup_timeout), lambda: self.cut(told))
+            await self.idle(min(1.0, self.connect.cleanup_timeout), lambda: shared or self.lines.cut(told))
         self.arm(self.connect.cleanup_timeout)
         try:
             if not dead and not self.busy:
@@ -240,10 +242,6 @@ class Slot:
         if self.busy and not self.lines:
             self._late = told
             self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
-
-    def cut(self, reason: str) -> bool:
-        """End the connections of the open transaction now, and return whether they are dead; a shared one is the test's."""
-        return self.place is not None or self.lines.cut(reason)
 
     async def end(self) -> None:
         """Close the session; it is refused already."""
@@ -315,53 +313,16 @@ class Slot:
             return False
         return self._sending or not getattr(self.sync, "_flushing", False)
 
-    # Limits in time
-
-    def arm(self, seconds: float) -> None:
-        """Cut the connection if what follows takes longer than this."""
-        self._limit = seconds
-        (self.here or self.connect._here()).limits.set(self, seconds, self._expired)
-
-    def _expired(self) -> None:
-        if self.place is None:
-            self.lines.expire(f"{self.connect!r}: no answer within {self._limit:g} s, so the connection was cut")
-
-    def disarm(self) -> None:
-        """Forget the limit."""
-        if self._limit is not None:
-            self._limit = None
-            (self.here or self.connect._here()).limits.take_back(self)
-
-    def _warn(self, seconds: float) -> None:
-        where = self.owner.label or (lambda: "a unit of work")
-        logger.warning("%r: %s holds a connection for more than %g s", self.connect, where(), seconds)
-
-    def _release(self) -> None:
-        self.disarm()
-        self.lines.clear()
-        if self._held is not None:
-            self._held.cancel()
-            self._held = None
-
     # After the commit (P14)
-
-    @property
-    def is_committed(self) -> bool:
-        """Whether it was committed, and nobody was told yet."""
-        return self._committed
-
-    def told(self) -> None:
-        """Note that whoever waited for the commit was told."""
-        self._committed = False
 
     @property
     def has_due(self) -> bool:
         """Whether anybody waited for this commit."""
-        return bool(self._due or (self._committed and self.connect.committed))
+        return bool(self._due or (self.committed and self.connect.committed))
 
     async def run_due(self) -> None:
         """Run what was waiting for this commit; errors are logged and change nothing."""
-        announce, due, self._committed, self._due = self._committed, self._due, False, []
+        announce, due, self.committed, self._due = self.committed, self._due, False, []
         if announce:
             for hook in tuple(self.connect.committed):
                 try:
@@ -383,9 +344,7 @@ class Slot:
                 connection.invalidate()
             self.owner.check_open(self.connect)  # a unit whose session was put where no loop ran is the first loop's
         self.lines.add(connection)
-        seconds = self.connect.warn_held_after
-        if seconds is not None and self._held is None:
-            self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds, context=TIMERS)
+        self._warn_later()
         if self._late is not None:  # P3: what was asked for before a decision to roll back is not done after it
             raise ContextClosedError(self._late)
 
@@ -404,7 +363,7 @@ class Slot:
     def after(self, callbacks: Sequence[Callback] | None = None) -> None:
         """Note that a transaction was committed."""
         self.owner.committed = True
-        self._committed = True
+        self.committed = True
         self._due.extend(self.callbacks.take() if callbacks is None else callbacks)
 
     def over(self) -> None:
@@ -412,9 +371,9 @@ class Slot:
         self.hooked = self.kept = False
         self._late = None
         self._release()
-        if not self._committed:
+        if not self.committed:
             self.callbacks.take()
         elif not self.deferring and self.has_due:
             await_only(settle(self.run_due, patience=self.connect.drain_timeout))
         elif not self.deferring:
-            self._committed = False
+            self.committed = False
