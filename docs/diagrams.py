@@ -97,7 +97,7 @@ def life_of_a_request(sheet: Drawing) -> None:
         (client, adapter, "POST /users", ""),
         (adapter, adapter, "Unit.enter()", ""),
         (adapter, code, "endpoint runs", ""),
-        (code, code, "db_session(db)", ""),
+        (code, code, "db_session()", ""),
         (code, database, "BEGIN, INSERT", ""),
         (code, adapter, "response 201", ""),
         (adapter, database, "head(201): flush, COMMIT", "strong"),
