@@ -140,6 +140,8 @@ async def _held_by(request: Callable[[int], Awaitable[None]], held: list[tuple[i
     try:
         await request(_WARM)
         for _ in range(2):
+            for _ in range(5):
+                await asyncio.sleep(0)  # what the request before has left to the loop has ended
             gc.collect()  # and with it the free lists, from which the next objects would come unseen
             before = _held()
             held.clear()
