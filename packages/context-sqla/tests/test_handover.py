@@ -231,6 +231,31 @@ async def test_listener_that_fails_after_the_commit_leaves_no_doubt(db):
     assert db.pool_status().checked_out == 0
 
 
+async def test_connection_that_is_on_its_way_to_the_pool_stays_alive(db):
+    """A cancellation then waits, as during the COMMIT: a pool resets what comes back, and loses what is cancelled there (P7)."""
+    resetting, go_on = asyncio.Event(), asyncio.Event()
+    closed = []
+
+    async def request():
+        async with db_context():
+            await insert(db, "a")
+            engine = (await db_session(db)).sync_session.get_bind()
+            event.listen(engine, "close", lambda *_: closed.append(1))
+            event.listen(engine, "reset", lambda *_: (resetting.set(), await_only(go_on.wait())))
+
+    task = asyncio.create_task(request())
+    await asyncio.wait_for(resetting.wait(), 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+
+    assert committed_connects(caught.value) == ("db",)
+    assert await names(db) == ["a"]
+    assert closed == []
+
+
 async def test_limits_share_one_timer():
     """The next one may come earlier than the one that the timer waits for; those that were taken back never come."""
     loop = asyncio.get_running_loop()

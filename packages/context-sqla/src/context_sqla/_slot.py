@@ -97,6 +97,10 @@ class Slot(Timed):
         """Whether its COMMIT may be awaited in the task of the request: its connections are known, and their driver allows it."""
         return self.place is None and self.lines.keep_task() and not self.sync.twophase
 
+    def must_go_on(self) -> bool:
+        """Whether its COMMIT is on its way, or its connection on that to the pool: if that is cancelled, the connection is lost."""
+        return self.lines.are_sending() or (bool(self.lines) and not self.open)
+
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
         if not self.busy and not self.lines.have_cursors():
