@@ -5,7 +5,7 @@ import contextlib
 
 import anyio
 import pytest
-from context_sqla import DBConnect, committed_connects, db_context, db_session, is_in_doubt, on_commit
+from context_sqla import ContextClosedError, DBConnect, committed_connects, db_context, db_session, is_in_doubt, on_commit
 from context_sqla._handover import BEGIN, Left, drive, go_on
 from context_sqla._limits import Limits
 from sqlalchemy import event, text
@@ -254,6 +254,19 @@ async def test_connection_that_is_on_its_way_to_the_pool_stays_alive(db):
     assert committed_connects(caught.value) == ("db",)
     assert await names(db) == ["a"]
     assert closed == []
+
+
+@pytest.mark.parametrize("name", ["before_commit", "after_commit"])
+async def test_listener_of_the_last_commit_opens_no_other_session(db, tmp_path, name):
+    """Nobody would commit it: it is told, and what it writes is not lost in silence (P10)."""
+    other = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}", name="other")
+    with pytest.raises(ContextClosedError, match="other"):
+        async with db_context():
+            session = await insert(db, "a")
+            event.listen(session.sync_session, name, lambda _: await_only(db_session(other)))
+
+    assert await names(db) == (["a"] if name == "after_commit" else [])
+    await other.close()
 
 
 async def test_limits_share_one_timer():
