@@ -726,6 +726,21 @@ async def test_error_in_a_committed_hook_is_logged(db, caplog):
     ]
 
 
+async def test_connection_that_is_older_than_the_connect_is_in_use_like_any_other(url):
+    """An application may have used its engine before the connect first does; ``pool_status`` counts all the same (P13, P16)."""
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.execute(text("SELECT 1"))
+    connect = DBConnect.from_sessionmaker(async_sessionmaker(engine))
+    async with db_context():
+        await (await db_session(connect)).execute(text("SELECT 1"))
+        during = connect.pool_status().checked_out
+
+    assert (during, connect.pool_status().checked_out) == (1, 0)
+    await connect.close()
+    await engine.dispose()
+
+
 # close
 
 
