@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import sqlite3
+import sys
 import threading
 
 import context_sqla
@@ -739,6 +740,17 @@ async def test_connection_that_is_older_than_the_connect_is_in_use_like_any_othe
     assert (during, connect.pool_status().checked_out) == (1, 0)
     await connect.close()
     await engine.dispose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
+async def test_eager_task_opens_a_connection(db):
+    """A task factory may begin a task at once, and with it the thread of a connection."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    try:
+        assert await _select(db) == 1
+    finally:
+        loop.set_task_factory(None)
 
 
 # close

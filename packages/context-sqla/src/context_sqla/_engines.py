@@ -80,11 +80,11 @@ class Dial:
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         opening = self._creator(*args, **kwargs)
         thread = _drivers.thread_of(opening)
-        task = asyncio.ensure_future(opening)
-        self._watch.dialling.add(task)
         if thread is not None:
             thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
             self._watch.threads.add(thread)
+        task = asyncio.ensure_future(opening)  # which an eager task begins at once
+        self._watch.dialling.add(task)
         try:
             # A thread that is opening a file goes on, whatever is cancelled.
             return await (task if thread is None else asyncio.shield(task))
