@@ -5,7 +5,18 @@ import contextlib
 
 import anyio
 import pytest
-from context_sqla import ContextClosedError, DBConnect, committed_connects, db_context, db_session, is_in_doubt, on_commit
+from context_sqla import (
+    ContextClosedError,
+    DBConnect,
+    SessionBusyError,
+    close_db_session,
+    committed_connects,
+    db_context,
+    db_session,
+    is_in_doubt,
+    on_commit,
+    rollback_db_session,
+)
 from context_sqla._handover import BEGIN, Left, drive, go_on
 from context_sqla._limits import Limits
 from sqlalchemy import event, text
@@ -267,6 +278,32 @@ async def test_listener_of_the_last_commit_opens_no_other_session(db, tmp_path, 
 
     assert await names(db) == (["a"] if name == "after_commit" else [])
     await other.close()
+
+
+@pytest.mark.parametrize("end", [rollback_db_session, close_db_session])
+async def test_nobody_ends_a_session_under_its_commit(db, end):
+    """A task that was left behind is told; the commit goes on, and its connection comes back (P7a)."""
+    telling, go_on = asyncio.Event(), asyncio.Event()
+    told = []
+
+    async def left_behind():
+        await telling.wait()
+        try:
+            await end(db)
+        except SessionBusyError as exc:
+            told.append(str(exc))
+        finally:
+            go_on.set()
+
+    async with db_context():
+        session = await insert(db, "a")
+        task = asyncio.create_task(left_behind())
+        event.listen(session.sync_session, "before_commit", lambda _: (telling.set(), await_only(go_on.wait())))
+    await task
+
+    assert len(told) == 1
+    assert await names(db) == ["a"]
+    assert db.pool_status().checked_out == 0
 
 
 async def test_limits_share_one_timer():
