@@ -76,6 +76,7 @@ async def rollback_db_session(connect: DBConnect[Any]) -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits it at this moment.
     """
     if (slot := _find(connect)) is not None and slot.open:
         slot.check_not_committing()
@@ -89,6 +90,7 @@ async def close_db_session(connect: DBConnect[Any]) -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits it at this moment.
     """
     if (slot := _find(connect)) is not None:
         slot.check_not_committing()

@@ -98,7 +98,7 @@ class Slot(Timed):
         return self.place is None and self.lines.keep_task() and not self.sync.twophase
 
     def must_go_on(self) -> bool:
-        """Whether its COMMIT is on its way, or its connection on that to the pool: if that is cancelled, the connection is lost."""
+        """Whether its COMMIT is on its way, or its connection back to the pool, which loses it if that is cancelled."""
         return self.lines.are_sending() or (bool(self.lines) and not self.open)
 
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
