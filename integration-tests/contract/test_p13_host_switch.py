@@ -755,6 +755,21 @@ async def test_abort_host_reaches_a_host_that_was_left(connect, database):
 
 
 @pytest.mark.postgresql
+async def test_abort_host_after_the_answer_to_a_commit_undoes_nothing(connect, database, ledger):
+    """A connection that is cut on its way to the pool is given up there; the commit has succeeded (P4, P13)."""
+    db = await connect("db", engine_options={"pool_size": 1})
+    async with db_context():
+        session = (await db_session(db)).sync_session
+        await insert(db, "first")
+        event.listen(session, "after_commit", lambda _: db.abort_host(database.host))
+    async with db_context():
+        await insert(db, "second")
+
+    assert await ledger.names() == ["first", "second"]
+    assert db.pool_status().checked_out == 0
+
+
+@pytest.mark.postgresql
 async def test_abort_host_cuts_idle_connections_too(connect, database):
     """After an abort no connection of the pool is used again: the next unit connects anew and works (P13)."""
     async with proxy(Address(database.place.host, database.place.port)) as network:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import sqlite3
+import sys
 import threading
 
 import context_sqla
@@ -724,6 +725,32 @@ async def test_error_in_a_committed_hook_is_logged(db, caplog):
     assert [(record.levelno, "'db'" in record.getMessage(), bool(record.exc_info)) for record in records] == [
         (logging.ERROR, True, True)
     ]
+
+
+async def test_connection_that_is_older_than_the_connect_is_in_use_like_any_other(url):
+    """An application may have used its engine before the connect first does; ``pool_status`` counts all the same (P13, P16)."""
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.execute(text("SELECT 1"))
+    connect = DBConnect.from_sessionmaker(async_sessionmaker(engine))
+    async with db_context():
+        await (await db_session(connect)).execute(text("SELECT 1"))
+        during = connect.pool_status().checked_out
+
+    assert (during, connect.pool_status().checked_out) == (1, 0)
+    await connect.close()
+    await engine.dispose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
+async def test_eager_task_opens_a_connection(db):
+    """A task factory may begin a task at once, and with it the thread of a connection."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    try:
+        assert await _select(db) == 1
+    finally:
+        loop.set_task_factory(None)
 
 
 # close

@@ -5,7 +5,18 @@ import contextlib
 
 import anyio
 import pytest
-from context_sqla import DBConnect, committed_connects, db_context, db_session, is_in_doubt, on_commit
+from context_sqla import (
+    ContextClosedError,
+    DBConnect,
+    SessionBusyError,
+    close_db_session,
+    committed_connects,
+    db_context,
+    db_session,
+    is_in_doubt,
+    on_commit,
+    rollback_db_session,
+)
 from context_sqla._handover import BEGIN, Left, drive, go_on
 from context_sqla._limits import Limits
 from sqlalchemy import event, text
@@ -227,6 +238,70 @@ async def test_listener_that_fails_after_the_commit_leaves_no_doubt(db):
 
     assert committed_connects(caught.value) == ("db",)
     assert not is_in_doubt(caught.value)
+    assert await names(db) == ["a"]
+    assert db.pool_status().checked_out == 0
+
+
+async def test_connection_that_is_on_its_way_to_the_pool_stays_alive(db):
+    """A cancellation then waits, as during the COMMIT: a pool resets what comes back, and loses what is cancelled there (P7)."""
+    resetting, go_on = asyncio.Event(), asyncio.Event()
+    closed = []
+
+    async def request():
+        async with db_context():
+            await insert(db, "a")
+            engine = (await db_session(db)).sync_session.get_bind()
+            event.listen(engine, "close", lambda *_: closed.append(1))
+            event.listen(engine, "reset", lambda *_: (resetting.set(), await_only(go_on.wait())))
+
+    task = asyncio.create_task(request())
+    await asyncio.wait_for(resetting.wait(), 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+
+    assert committed_connects(caught.value) == ("db",)
+    assert await names(db) == ["a"]
+    assert closed == []
+
+
+@pytest.mark.parametrize("name", ["before_commit", "after_commit"])
+async def test_listener_of_the_last_commit_opens_no_other_session(db, tmp_path, name):
+    """Nobody would commit it: it is told, and what it writes is not lost in silence (P10)."""
+    other = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}", name="other")
+    with pytest.raises(ContextClosedError, match="other"):
+        async with db_context():
+            session = await insert(db, "a")
+            event.listen(session.sync_session, name, lambda _: await_only(db_session(other)))
+
+    assert await names(db) == (["a"] if name == "after_commit" else [])
+    await other.close()
+
+
+@pytest.mark.parametrize("end", [rollback_db_session, close_db_session])
+async def test_nobody_ends_a_session_under_its_commit(db, end):
+    """A task that was left behind is told; the commit goes on, and its connection comes back (P7a)."""
+    telling, go_on = asyncio.Event(), asyncio.Event()
+    told = []
+
+    async def left_behind():
+        await telling.wait()
+        try:
+            await end(db)
+        except SessionBusyError as exc:
+            told.append(str(exc))
+        finally:
+            go_on.set()
+
+    async with db_context():
+        session = await insert(db, "a")
+        task = asyncio.create_task(left_behind())
+        event.listen(session.sync_session, "before_commit", lambda _: (telling.set(), await_only(go_on.wait())))
+    await task
+
+    assert len(told) == 1
     assert await names(db) == ["a"]
     assert db.pool_status().checked_out == 0
 

@@ -132,7 +132,7 @@ async def _commit_here(slot: Slot, done: list[Slot]) -> None:
     """Commit one session in this task, which is cancelled before its COMMIT is sent or after its answer has come (P7)."""
     slot.hooked = slot.deferring = True
     try:
-        left = await drive(slot.commit(), BEGIN, slot.lines.are_sending)
+        left = await drive(slot.commit(), BEGIN, slot.must_go_on)
         if isinstance(left, Left):
             await go_on(left, first=slot.seal, patience=_patience(slot))
     finally:

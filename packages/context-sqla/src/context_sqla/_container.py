@@ -117,7 +117,9 @@ class Container:
         return slot
 
     def _check_in_time(self, connect: DBConnect[Any]) -> None:
-        if self._last_task is not None and self._last_task is not asyncio.current_task():
+        if self._last_task is None:
+            return
+        if self._last_task is not asyncio.current_task() or any(slot.deferring for slot in self.slots.values()):
             raise _outlived(connect)  # the last commit has begun without it
 
     def _slots(self, ahead: bool) -> dict[str, Slot]:

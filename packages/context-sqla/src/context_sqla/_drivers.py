@@ -98,7 +98,10 @@ def in_transaction(connection: Any) -> bool:
     """Return whether the server has a transaction open on this connection, as far as the driver knows."""
     ask = getattr(connection, "is_in_transaction", None)  # asyncpg
     if ask is not None:
-        return bool(ask())
+        try:
+            return bool(ask())
+        except AttributeError:  # it was cut, and has no protocol any more to ask: nobody may have it
+            return True
     if hasattr(connection, "pgconn"):  # psycopg
         return int(connection.pgconn.transaction_status) in (1, 2, 3)
     if hasattr(connection, "get_transaction_status"):  # aiomysql, asyncmy

@@ -14,6 +14,7 @@ from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool, Pool
 
 from . import _drivers
 from .errors import ContextClosedError, CursorClosedError
@@ -79,11 +80,11 @@ class Dial:
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         opening = self._creator(*args, **kwargs)
         thread = _drivers.thread_of(opening)
-        task = asyncio.ensure_future(opening)
-        self._watch.dialling.add(task)
         if thread is not None:
             thread.daemon = True  # as SQLAlchemy does where it opens the connection itself
             self._watch.threads.add(thread)
+        task = asyncio.ensure_future(opening)  # which an eager task begins at once
+        self._watch.dialling.add(task)
         try:
             # A thread that is opening a file goes on, whatever is cancelled.
             return await (task if thread is None else asyncio.shield(task))
@@ -185,6 +186,8 @@ class Watch:
             ("detach", self._gone),
         ):
             event.listen(engine, name, listener)
+        if _was_used(engine.pool):  # its connections are noted as they come by
+            event.listen(engine, "checkout", self._met)
 
     def _dial(self, dialect: Any, _record: Any, _cargs: Any, cparams: dict[str, Any]) -> None:
         creator = cparams.get("async_creator_fn") or _drivers.creator(dialect)
@@ -195,6 +198,9 @@ class Watch:
         self._open[id(dbapi)] = dbapi
         self._records.add(record)
 
+    def _met(self, _dbapi: Any, record: Any, _proxy: Any) -> None:
+        self._records.add(record)
+
     def _gone(self, dbapi: Any, *_: Any) -> None:
         self._open.pop(id(dbapi), None)
 
@@ -203,6 +209,12 @@ class Watch:
         # P7a: whatever went wrong before, an open transaction is never handed to the next request.
         if dbapi is not None and (self.retired or _drivers.in_transaction(dbapi.driver_connection)):
             record.invalidate()
+
+
+def _was_used(pool: Pool) -> bool:
+    """Return whether a pool may have connections already, as that of an application's own engine."""
+    idle: Callable[[], int] | None = getattr(pool, "checkedin", None)
+    return not isinstance(pool, NullPool) if idle is None else bool(idle() + pool.checkedout())  # type: ignore[attr-defined]
 
 
 _watches: WeakKeyDictionary[Engine, Watch] = WeakKeyDictionary()

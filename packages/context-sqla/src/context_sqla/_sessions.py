@@ -76,8 +76,10 @@ async def rollback_db_session(connect: DBConnect[Any]) -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits it at this moment.
     """
     if (slot := _find(connect)) is not None and slot.open:
+        slot.check_not_committing()
         await settle(slot.rollback, again=True)
 
 
@@ -88,8 +90,10 @@ async def close_db_session(connect: DBConnect[Any]) -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits it at this moment.
     """
     if (slot := _find(connect)) is not None:
+        slot.check_not_committing()
         del _unit(connect).slots[connect.context_key]
         await _commit.end([slot])
 
@@ -125,6 +129,7 @@ async def atomic_db_session(
     if slot.open and current_transaction == "commit":
         await end(slot)
     elif slot.open and current_transaction == "rollback":
+        slot.check_not_committing()
         await settle(slot.rollback, again=True)
     if options and (slot.open or slot.place is not None):
         raise UnsupportedOptionError(f"{connect!r}: {', '.join(options)} cannot be set in a transaction that is open already")

@@ -97,6 +97,10 @@ class Slot(Timed):
         """Whether its COMMIT may be awaited in the task of the request: its connections are known, and their driver allows it."""
         return self.place is None and self.lines.keep_task() and not self.sync.twophase
 
+    def must_go_on(self) -> bool:
+        """Whether its COMMIT is on its way, or its connection back to the pool, which loses it if that is cancelled."""
+        return self.lines.are_sending() or (bool(self.lines) and not self.open)
+
     async def idle(self, timeout: float, at_each_turn: Callable[[], Any] | None = None) -> bool:
         """Wait until nothing runs on the session, and return whether that came true in time."""
         if not self.busy and not self.lines.have_cursors():
@@ -300,12 +304,20 @@ class Slot(Timed):
     def _get_bind(self, *args: Any, **kwargs: Any) -> Any:
         self._late = None  # a statement that comes after the decision
         if self._is_stranger():
-            raise SessionBusyError(
-                f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
-            )
+            raise self._busy_error()
         if self.evicted is not None or (self.place is not None and self.place.is_taken()):
             raise SessionBusyError(self.evicted or f"{self.connect!r}: another unit has the test's connection; {REAL_COMMITS}")
         return type(self.sync).get_bind(self.sync, *args, **kwargs)
+
+    def check_not_committing(self) -> None:
+        """Raise if another task commits this session: to end it now would take its connection from under the COMMIT (P7a)."""
+        if self._owner is not None and asyncio.current_task() is not self._owner:
+            raise self._busy_error()
+
+    def _busy_error(self) -> SessionBusyError:
+        return SessionBusyError(
+            f"{self.connect!r}: its unit is committing; await the task that uses the session before the response ends"
+        )
 
     def _is_stranger(self) -> bool:
         """Whether this statement comes too late; those of a flush that was going on already belong together (P7a)."""
