@@ -15,11 +15,13 @@ from context_sqla import (
     committed_connects,
     db_context,
     db_session,
+    get_db_session_from_context,
     on_commit,
     rollback_db_session,
+    run_in_new_ctx,
 )
 from context_sqla._settle import settle
-from context_sqla.adapters import Phase, Unit
+from context_sqla.adapters import Phase, Policy, Unit
 from context_sqla.errors import ContextClosedError
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
@@ -386,6 +388,47 @@ async def test_child_that_ends_the_transaction_at_the_very_moment_of_the_commit(
     await other.close()
 
     assert await names(db) == ([] if by == "session.rollback" else ["a"])
+
+
+@pytest.mark.parametrize("phase", ["block", "head", "body"])
+async def test_hook_that_asks_for_another_connect_is_committed_with_it(db, tmp_path, phase):
+    """What a before_commit hook writes elsewhere is committed before the answer, and is not lost with the unit (P4, P10)."""
+    other = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path}/other.db", name="other")
+    async with db_context():
+        await (await db_session(other)).execute(text("CREATE TABLE items (name TEXT UNIQUE)"))
+    ran = []
+
+    async def audit(session):
+        if not other_is_open():
+            await insert(other, "audit")
+
+    def other_is_open():
+        return get_db_session_from_context(other) is not None
+
+    policy = Policy(before_commit=audit)
+    if phase == "block":
+        async with db_context(before_commit=audit):
+            await insert(db, "a")
+            on_commit(lambda: ran.append("callback"))
+    else:
+        unit = Unit.enter(policy)
+        if phase == "body":
+            await unit.head(200)
+        await insert(db, "a")
+        on_commit(lambda: ran.append("callback"))
+        await (unit.head(200) if phase == "head" else unit.end_of_body())
+        assert await names_elsewhere(other) == ["audit"]
+        await unit.end_of_body()
+        await unit.close()
+
+    assert await names(db) == ["a"]
+    assert await names(other) == ["audit"]
+    assert ran == ["callback"]
+    await other.close()
+
+
+async def names_elsewhere(connect):
+    return await run_in_new_ctx(names, connect)
 
 
 async def test_late_connection_whose_reset_hangs_is_given_up(tmp_path):

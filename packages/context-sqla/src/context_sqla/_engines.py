@@ -278,7 +278,7 @@ def _starting(conn: Connection, clause: Any, multiparams: Any, params: Any, opti
 
 def _executing(execute: Callable[..., None]) -> Callable[..., None]:
     def executing(*args: Any, **options: Any) -> None:
-        context = options.get("context") if options else args[-1]  # by name where a listener for do_execute tries again
+        context: Any = options.get("context") if options else args[-1]  # by name where a listener for do_execute tries again
         connection = getattr(context, "root_connection", None)
         line = None if connection is None else _note(connection)
         if line is None:

@@ -41,9 +41,9 @@ class Limits:
     def _look(self) -> None:
         self._timer = None
         now = self._loop.time()
-        over = [(whose, expired) for whose, (at, expired) in self._all.items() if at <= now]
-        for whose, expired in over:
-            del self._all[whose]
-            expired()
+        over = {whose: expired for whose, (at, expired) in self._all.items() if at <= now}
+        self._all = {whose: limit for whose, limit in self._all.items() if whose not in over}
         if self._all:
             self._look_at(min(at for at, _ in self._all.values()))
+        for expired in over.values():
+            expired()

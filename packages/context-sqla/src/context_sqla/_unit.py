@@ -288,7 +288,7 @@ class Unit(Container):
             return
         self._last_task = asyncio.current_task() if final else None
         try:
-            await _commit.commit(slots, keep=keep)
+            await self._commit(slots, keep=keep)
         except BaseException as exc:
             if _outcome_of(exc).complete and callbacks:  # cancelled, when all was committed
                 await self._run_callbacks(callbacks, slots)
@@ -302,6 +302,12 @@ class Unit(Container):
             await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
             await self._run_callbacks(callbacks, slots)
+
+    async def _commit(self, slots: list[Slot], *, keep: bool) -> None:
+        await _commit.commit(slots, keep=keep)
+        while len(self.slots) > len(slots) and (late := [slot for slot in self._own() if slot.open and slot not in slots]):
+            slots += late  # a hook has asked for the session of another connect
+            await _commit.commit(late, keep=keep)
 
     def _drop_callbacks(self, slots: list[Slot]) -> None:
         """Drop what waits for a commit that is not to come (P14)."""
