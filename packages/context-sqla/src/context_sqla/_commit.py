@@ -64,7 +64,7 @@ async def _attempt(slots: Sequence[Slot], working: Sequence[Slot], committing: S
 
 async def roll_back(slots: Sequence[Slot], cause: BaseException | None = None) -> None:
     """Roll every session back; errors become notes of the cause, or are logged where there is none (P8)."""
-    working = [slot for slot in slots if slot.open or slot.lines or slot.prepared]
+    working = [slot for slot in slots if not slot.at_rest]
     if working:
         _report(await settle(lambda: _each(working, _roll_back_one), again=True), cause, "rolling back")
 

@@ -68,6 +68,11 @@ class Slot(Timed):
         return self.sync.in_transaction()
 
     @property
+    def at_rest(self) -> bool:
+        """Whether nothing is left to be rolled back."""
+        return not (self.open or self.lines or self.prepared)
+
+    @property
     def dirty(self) -> bool:
         """Whether the session has something to flush."""
         return not self.sync._is_clean()  # what SQLAlchemy asks itself, instead of three lists
@@ -89,9 +94,8 @@ class Slot(Timed):
 
     def is_ready(self) -> bool:
         """Whether nothing is to be done or asked before this session's COMMIT: so it is for most requests."""
-        if not self.may_commit_here() or self.kept or self.has_hooks or self.dirty or self.busy:
-            return False
-        return self.lines.are_well()
+        works = self.kept or self.has_hooks or self.dirty or self.busy
+        return not works and self.may_commit_here() and self.lines.are_well()
 
     def may_commit_here(self) -> bool:
         """Whether its COMMIT may be awaited in the task of the request: its connections are known, and their driver allows it."""

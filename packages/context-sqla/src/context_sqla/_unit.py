@@ -336,7 +336,11 @@ class Unit(Container):
         self.phase = CLOSED
         _commit.refuse(self._own())
         try:
-            await settle(lambda: self._clean_up(exc or error), again=True)
+            if self._ahead or self._opening or self._cleaning or not all(slot.at_rest for slot in self.slots.values()):
+                await settle(lambda: self._clean_up(exc or error), again=True)
+            else:
+                slots, self.slots = self._own(), {}
+                _commit.end_at_rest(slots, exc or error)
         except asyncio.CancelledError:
             if error is None:
                 raise
