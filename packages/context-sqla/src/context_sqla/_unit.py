@@ -6,8 +6,7 @@ head of the response leaves, what the body writes before its last byte, and back
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import Token
 from typing import Any
 
@@ -408,14 +407,19 @@ async def _clean_up(slots: list[Slot]) -> None:
     await _commit.end(slots)
 
 
-@asynccontextmanager
-async def new_unit(policy: Policy = DEFAULT_POLICY, options: Mapping[str, Any] | None = None) -> AsyncIterator[Unit]:
+class new_unit:  # noqa: N801  # a function, but for the calls that contextlib would make for each
     """Open a unit for a block: committed at its end, rolled back on an error (P11)."""
-    unit = Unit.enter(policy)
-    unit.options = options
-    try:
-        yield unit
-    except BaseException as exc:
-        await unit.close(exc)
-        raise
-    await unit.finish()
+
+    __slots__ = ("_options", "_policy", "_unit")
+
+    def __init__(self, policy: Policy = DEFAULT_POLICY, options: Mapping[str, Any] | None = None) -> None:
+        self._policy = policy
+        self._options = options
+
+    async def __aenter__(self) -> Unit:
+        self._unit = unit = Unit.enter(self._policy)
+        unit.options = self._options
+        return unit
+
+    async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        await (self._unit.finish() if exc is None else self._unit.close(exc))
