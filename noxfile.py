@@ -324,7 +324,7 @@ def bench_fastapi_sqla(session: nox.Session) -> None:
 def bench_page(session: nox.Session) -> None:
     """Write docs/reference/benchmarks.md and its plots from what the last two sessions have measured, or from `-- FILE...`."""
     install(session, "test", "bench", packages=BENCHED)
-    measured = session.posargs or sorted(map(str, MEASURED.glob("*.json")))
+    measured = session.posargs or [str(path) for path in sorted(MEASURED.glob("*.json"), key=lambda path: path.stem)]
     session.run("python", "-m", "benchmarks", "page", *measured, env={"PYTHONPATH": "integration-tests"})
 
 
