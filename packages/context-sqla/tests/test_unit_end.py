@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import itertools
 import sys
 import weakref
 
@@ -11,6 +12,7 @@ import aiosqlite
 import pytest
 from context_sqla import (
     DBConnect,
+    commit_all_sessions,
     commit_db_session,
     committed_connects,
     db_context,
@@ -76,6 +78,112 @@ async def test_cancelled_commit_that_succeeds_runs_its_callbacks(db):
     assert ran == ["callback"]
     assert committed_connects(caught.value) == ("db",)
     assert await names(db) == ["a"]
+
+
+async def _block(write):
+    async with db_context():
+        await write()
+
+
+@contextlib.asynccontextmanager
+async def request():
+    unit = Unit.enter()
+    try:
+        yield unit
+    except BaseException as exc:
+        await unit.close(exc)
+        raise
+
+
+async def _head(write):
+    async with request() as unit:
+        await write()
+        await unit.head(200)
+
+
+async def _end_of_body(write):
+    async with request() as unit:
+        await unit.head(200)
+        await write()
+        await unit.end_of_body()
+
+
+async def _background(write):
+    async with request() as unit:
+        await unit.head(200)
+        await unit.end_of_body()
+        await write()
+        await unit.close()
+
+
+async def _all_by_hand(write):
+    async with db_context():
+        await write()
+        await commit_all_sessions()
+
+
+async def _one_by_hand(write):
+    async with db_context():
+        for connect in await write():
+            await commit_db_session(connect)
+
+
+async def _by_session(write):
+    async with db_context():
+        for connect in await write():
+            await (await db_session(connect)).commit()
+
+
+@pytest.fixture(name="other")
+async def _other(tmp_path):
+    other = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}", name="other")
+    async with db_context():
+        await (await db_session(other)).execute(text("CREATE TABLE items (name TEXT UNIQUE)"))
+    yield other
+    await other.close()
+
+
+_OF_ALL = {"block": _block, "head": _head, "end of body": _end_of_body, "background": _background, "commit_all": _all_by_hand}
+_OF_ONE = {"commit_db_session": _one_by_hand, "session.commit": _by_session}
+
+
+@pytest.mark.parametrize(
+    ("unit", "waits", "several"),
+    [
+        *itertools.product(_OF_ALL, ["unit", "connect", "hook"], [False, True]),
+        *itertools.product(_OF_ONE, ["connect", "hook"], [False]),
+    ],
+)
+async def test_cancellation_after_the_commit_names_what_is_committed(db, other, unit, waits, several):
+    """Whatever waited for the commit when the cancellation came, and whoever made the commit (P7, P9)."""
+    connects = [db, other] if several else [db]
+    waiting, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(*_):
+        waiting.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    async def write():
+        for connect in connects:
+            await insert(connect, "a")
+        if waits != "hook":
+            on_commit(wait, connect=connects[-1] if waits == "connect" else None)
+        return connects
+
+    if waits == "hook":
+        connects[-1].committed.append(wait)
+    task = asyncio.create_task((_OF_ALL | _OF_ONE)[unit](write))
+    await asyncio.wait_for(waiting.wait(), 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    connects[-1].committed.clear()
+
+    assert committed_connects(caught.value) == tuple(connect.name for connect in connects)
+    assert [await names(connect) for connect in connects] == [["a"]] * len(connects)
+    assert [connect.pool_status().checked_out for connect in connects] == [0] * len(connects)
 
 
 async def test_commit_that_was_cancelled_is_not_kept_until_its_limit(db):
