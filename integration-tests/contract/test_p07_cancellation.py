@@ -10,17 +10,21 @@ import pytest
 from context_sqla import (
     ContextClosedError,
     ContextSqlaError,
+    DBConnect,
     SessionBusyError,
     close_db_session,
     commit_db_session,
+    committed_connects,
     db_context,
     db_session,
     is_context_initiated,
     is_in_doubt,
     rollback_db_session,
 )
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.util import await_only
 from support.deadline import DEADLINE, until
 from support.postgres import Postgres
 from support.proxy import proxy
@@ -414,6 +418,78 @@ async def test_commit_that_was_sent_is_awaited_to_its_end(db, ledger, bench, tim
     assert bench.databases.checked_out() == 0
     assert await ledger.names("children") == ["child"]
     assert await _pids(ledger) == pids
+
+
+@pytest.fixture(name="both")
+async def _both(request, bench, database, other_database):
+    """A connect whose sessions have items in one database and parents in another, and its engines."""
+    second = other_database.engine(other_database.host, "second")
+    bench.databases.engines.append(second)
+    engines = [second]
+    if request.param == "watched":
+        watcher = DBConnect(lambda _: second, async_sessionmaker, other_database.host, name="watcher")
+        await watcher.session_maker()
+
+    def create(host):
+        engines.append(database.engine(host, "both"))
+        bench.databases.engines.append(engines[-1])
+        return engines[-1]
+
+    def make(engine):
+        return async_sessionmaker(engine, binds={Parent: second}, expire_on_commit=False)
+
+    both = DBConnect(create, make, database.host, name="both")
+    await both.session_maker()
+    yield both, engines
+    await both.close()
+    if request.param == "watched":
+        await watcher.close()
+    await second.dispose()
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("both", ["watched", "not watched"], indirect=True)
+@pytest.mark.parametrize("when", ["between", "in a listener", "in the second"])
+async def test_session_with_two_engines_is_committed_as_a_whole(both, ledger, other_ledger, bench, when):
+    """Cancelled after the first COMMIT was sent: SQLAlchemy sends the second one too, whatever it awaits on the way (P7)."""
+    both, engines = both
+    commits, waiting, go_on = [], asyncio.Event(), asyncio.Event()
+
+    async def wait():
+        waiting.set()
+        await asyncio.wait_for(go_on.wait(), DEADLINE)
+
+    def committing(_connection):
+        commits.append(1)
+        if len(commits) == 2 and when == "between":
+            task.cancel()
+        elif len(commits) == 2 and when == "in a listener":
+            await_only(wait())
+        elif len(commits) == 2:
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+    async def work():
+        async with db_context():
+            session = await db_session(both)
+            session.add_all([Item(name="a"), Parent(name="b")])
+            await session.flush()
+
+    for engine in engines:
+        event.listen(engine.sync_engine, "commit", committing)
+    task = asyncio.create_task(work())
+    if when == "in a listener":
+        await asyncio.wait_for(waiting.wait(), DEADLINE)
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await asyncio.wait_for(task, DEADLINE)
+
+    assert len(commits) == 2
+    assert (await ledger.names(), await other_ledger.names("parents")) == (["a"], ["b"])
+    assert committed_connects(caught.value) == ("both",)
+    assert not is_in_doubt(caught.value)
+    assert bench.databases.checked_out() == 0
 
 
 @pytest.mark.postgresql
