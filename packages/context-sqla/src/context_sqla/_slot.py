@@ -98,8 +98,8 @@ class Slot(Timed):
         return not works and self.may_commit_here() and self.lines.are_well()
 
     def may_commit_here(self) -> bool:
-        """Whether its COMMIT may be awaited in the task of the request: its connections are known, and their driver allows it."""
-        return self.place is None and self.lines.keep_task() and not self.sync.twophase
+        """Whether its COMMIT may be awaited in the task of the request: it is one, on a connection whose driver allows it."""
+        return self.place is None and self.lines.keep_task(self.sync.get_transaction()) and not self.sync.twophase
 
     def must_go_on(self) -> bool:
         """Whether its COMMIT is on its way, or its connection back to the pool, which loses it if that is cancelled."""
