@@ -19,6 +19,9 @@ from context_sqla import (
     db_session,
     is_context_initiated,
     is_in_doubt,
+    on_commit,
+    pop_db_session_from_context,
+    put_db_session_to_context,
     rollback_db_session,
 )
 from sqlalchemy import event, text
@@ -417,6 +420,48 @@ async def test_commit_that_was_sent_is_awaited_to_its_end(db, ledger, bench, tim
     assert cancelled
     assert bench.databases.checked_out() == 0
     assert await ledger.names("children") == ["child"]
+    assert await _pids(ledger) == pids
+
+
+@pytest.mark.postgresql
+async def test_session_is_not_taken_out_of_its_unit_under_the_commit(db, ledger, bench):
+    """A sibling is refused: the COMMIT keeps who awaits it, its limit in time and its callbacks, also when it is cancelled (P7, P7a)."""
+    await _give_birth(ledger)
+    ran, errors = [], []
+
+    async def sibling(committing):
+        await committing.wait()
+        try:
+            session = pop_db_session_from_context(db)
+            put_db_session_to_context(db, session)
+        except SessionBusyError as exc:
+            errors.append(exc)
+
+    async def work():
+        committing = asyncio.Event()
+        async with db_context():
+            await _insert_child(db)
+            on_commit(lambda: ran.append("callback"), connect=db)
+            siblings.append((asyncio.create_task(sibling(committing)), committing))
+
+    siblings = []
+    async with ledger.lock("parents"):
+        task = asyncio.create_task(work())
+        await ledger.waiting("db")
+        other_task, committing = siblings[0]
+        committing.set()
+        await asyncio.wait_for(other_task, DEADLINE)
+        pids = await _pids(ledger)
+        task.cancel()
+        await ledger.waiting("db")
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await asyncio.wait_for(task, DEADLINE)
+
+    assert len(errors) == 1
+    assert ran == ["callback"]
+    assert await ledger.names("children") == ["child"]
+    assert committed_connects(caught.value) == ("db",)
+    assert bench.databases.checked_out() == 0
     assert await _pids(ledger) == pids
 
 

@@ -15,6 +15,7 @@ from context_sqla import (
     db_session,
     is_in_doubt,
     on_commit,
+    pop_db_session_from_context,
     rollback_db_session,
 )
 from context_sqla._handover import BEGIN, Left, drive, go_on
@@ -263,7 +264,11 @@ async def test_listener_of_the_last_commit_opens_no_other_session(db, tmp_path, 
     await other.close()
 
 
-@pytest.mark.parametrize("end", [rollback_db_session, close_db_session])
+async def pop(connect):
+    return pop_db_session_from_context(connect)
+
+
+@pytest.mark.parametrize("end", [rollback_db_session, close_db_session, pop])
 async def test_nobody_ends_a_session_under_its_commit(db, end):
     """A task that was left behind is told; the commit goes on, and its connection comes back (P7a)."""
     telling, go_on = asyncio.Event(), asyncio.Event()
@@ -282,9 +287,11 @@ async def test_nobody_ends_a_session_under_its_commit(db, end):
         session = await insert(db, "a")
         task = asyncio.create_task(left_behind())
         event.listen(session.sync_session, "before_commit", lambda _: (telling.set(), await_only(go_on.wait())))
+        on_commit(lambda: told.append("committed"), connect=db)
     await task
 
-    assert len(told) == 1
+    assert ["its unit is committing" in each for each in told] == [True, False]
+    assert told[1:] == ["committed"]
     assert await names(db) == ["a"]
     assert db.pool_status().checked_out == 0
 
