@@ -289,10 +289,12 @@ def pop_db_session_from_context(connect: DBConnect[S]) -> S | None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits it at this moment.
     """
-    slot: Slot | None = _unit(connect).slots.pop(connect.context_key, None)
-    if slot is None:
+    if (slot := _find(connect)) is None:
         return None
+    slot.check_not_committing()
+    del _unit(connect).slots[connect.context_key]
     slot.let_go()
     session: S = slot.session  # type: ignore[assignment]
     return session

@@ -314,7 +314,7 @@ class Slot(Timed):
         return type(self.sync).get_bind(self.sync, *args, **kwargs)
 
     def check_not_committing(self) -> None:
-        """Raise if another task commits this session: to end it now would take its connection from under the COMMIT (P7a)."""
+        """Raise if another task commits this session: to end it or take it now would leave the COMMIT alone (P7a)."""
         if self._owner is not None and asyncio.current_task() is not self._owner:
             raise self._busy_error()
 
