@@ -427,37 +427,33 @@ async def test_commit_that_was_sent_is_awaited_to_its_end(db, ledger, bench, tim
 async def test_session_is_not_taken_out_of_its_unit_under_the_commit(db, ledger, bench):
     """A sibling is refused: the COMMIT keeps who awaits it, its limit in time and its callbacks, also when it is cancelled (P7, P7a)."""
     await _give_birth(ledger)
-    ran, errors = [], []
+    committing = asyncio.Event()
+    ran, siblings = [], []
 
-    async def sibling(committing):
+    async def take_out():
         await committing.wait()
-        try:
-            session = pop_db_session_from_context(db)
-            put_db_session_to_context(db, session)
-        except SessionBusyError as exc:
-            errors.append(exc)
+        with pytest.raises(SessionBusyError):
+            pop_db_session_from_context(db)
+        with pytest.raises(ContextSqlaError, match="has one already"):
+            put_db_session_to_context(db, await db.create_session())
 
     async def work():
-        committing = asyncio.Event()
         async with db_context():
             await _insert_child(db)
             on_commit(lambda: ran.append("callback"), connect=db)
-            siblings.append((asyncio.create_task(sibling(committing)), committing))
+            siblings.append(asyncio.create_task(take_out()))
 
-    siblings = []
     async with ledger.lock("parents"):
         task = asyncio.create_task(work())
         await ledger.waiting("db")
-        other_task, committing = siblings[0]
         committing.set()
-        await asyncio.wait_for(other_task, DEADLINE)
+        await asyncio.wait_for(siblings[0], DEADLINE)
         pids = await _pids(ledger)
         task.cancel()
         await ledger.waiting("db")
     with pytest.raises(asyncio.CancelledError) as caught:
         await asyncio.wait_for(task, DEADLINE)
 
-    assert len(errors) == 1
     assert ran == ["callback"]
     assert await ledger.names("children") == ["child"]
     assert committed_connects(caught.value) == ("db",)

@@ -535,6 +535,56 @@ async def test_hook_that_asks_for_another_connect_is_committed_with_it(db, tmp_p
     await other.close()
 
 
+async def work_that_a_hook_adds_to(db, other, ran):
+    async def audit(session):
+        if get_db_session_from_context(other) is None:
+            await insert(other, "audit")
+
+    async with db_context(before_commit=audit):
+        await insert(db, "a")
+        on_commit(lambda: ran.append("unit"))
+
+
+async def test_commit_of_what_a_hook_has_opened_names_those_before(db, other):
+    """A hook asks for another connect, which is committed after the first: if that fails, its error says so (P9)."""
+
+    def fail(_connection):
+        raise ZeroDivisionError
+
+    ran = []
+    engine = (await other.session_maker()).kw["bind"].sync_engine
+    event.listen(engine, "commit", fail)
+    with pytest.raises(ZeroDivisionError) as caught:
+        await work_that_a_hook_adds_to(db, other, ran)
+    event.remove(engine, "commit", fail)
+
+    assert committed_connects(caught.value) == ("db",)
+    assert "already committed: db; not committed: other (P9)" in caught.value.__notes__
+    assert (await names(db), await names(other), ran) == (["a"], [], [])
+
+
+async def test_cancellation_before_the_commit_of_what_a_hook_has_opened(db, other):
+    """What is committed is not all: the callbacks of the unit wait for it in vain (P9, P14)."""
+    ran, waiting, go_on = [], asyncio.Event(), asyncio.Event()
+
+    async def wait(session, host):
+        waiting.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    db.committed.append(wait)
+    task = asyncio.create_task(work_that_a_hook_adds_to(db, other, ran))
+    await asyncio.wait_for(waiting.wait(), 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    db.committed.clear()
+
+    assert committed_connects(caught.value) == ("db",)
+    assert (await names(db), await names(other), ran) == (["a"], [], [])
+
+
 async def names_elsewhere(connect):
     return await run_in_new_ctx(names, connect)
 

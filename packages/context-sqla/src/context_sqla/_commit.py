@@ -20,42 +20,43 @@ _ENDED = f"this session's unit of work has ended; {REMEDY}"
 _BACKEND = text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid")
 
 
-async def commit(slots: Sequence[Slot], *, keep: bool = False) -> None:
+async def commit(slots: Sequence[Slot], done: list[Slot] | None = None, *, keep: bool = False) -> None:
     """Commit every session, or none that was not yet committed (P9).
 
     Until the first COMMIT is sent a cancellation rolls back; from then on everything runs to its end (P7).
 
     Args:
         slots: the sessions of the unit, in the order of their first use.
+        done: those that the same decision has committed before; what is committed is added.
         keep: leave the transactions that asked for it open after their flush (P5).
     """
-    if len(slots) == 1 and slots[0].is_ready():  # as in most requests
-        await _attempt(slots, slots, slots, ready=True)
+    done = [] if done is None else done
+    if len(slots) == 1 and not done and slots[0].is_ready():  # as in most requests
+        await _attempt(slots, (), slots, done)
         return
     for slot in slots:
         if slot.evicted is not None:
             raise SessionBusyError(slot.evicted)
     if working := [slot for slot in slots if slot.open]:
-        await _attempt(slots, working, [slot for slot in working if not (keep and slot.kept)])
+        await _attempt(slots, working, [slot for slot in working if not (keep and slot.kept)], done)
 
 
-async def _attempt(slots: Sequence[Slot], working: Sequence[Slot], committing: Sequence[Slot], *, ready: bool = False) -> None:
+async def _attempt(slots: Sequence[Slot], working: Sequence[Slot], committing: Sequence[Slot], done: list[Slot]) -> None:
     for slot in slots:
         slot.seal()
-    done: list[Slot] = []
     try:
-        if ready:
+        if not working:  # it is ready
             await _commit_here(committing[0], done)
             return
         await _prepare(working, committing)
-        if len(committing) == 1 and committing[0].may_commit_here():
+        if len(committing) == 1 and not done and committing[0].may_commit_here():
             await _free(committing[0])  # a child may have begun a commit by hand meanwhile
             await _commit_here(committing[0], done)
         elif committing:
             await settle(lambda: _commit_all(committing, done), patience=sum(map(_patience, committing)))
     except BaseException as exc:
-        _tell_completion(exc, committing, done)
-        await roll_back(working, exc)
+        _tell_outcome(exc, committing, done)
+        await roll_back(working or slots, exc)
         raise
     finally:
         for slot in slots:
@@ -172,20 +173,19 @@ async def _commit_all(slots: Sequence[Slot], done: list[Slot]) -> None:
             await slot.run_due()
 
 
-def _tell_completion(exc: BaseException, committing: Sequence[Slot], done: Sequence[Slot]) -> None:
-    """Say on a cancellation that it came too late: everything is committed (P7)."""
-    if committing and len(done) == len(committing):
-        _outcome_of(exc).complete = True
-        _outcome_of(exc).committed.extend(slot.connect.name for slot in done)
+def _tell_outcome(exc: BaseException, committing: Sequence[Slot], done: Sequence[Slot]) -> None:
+    """Say on an error which connects have committed (P9), and on a cancellation that came too late that all have (P7)."""
+    outcome = _outcome_of(exc)
+    outcome.complete = bool(committing) and all(slot in done for slot in committing)
+    outcome.committed.extend(slot.connect.name for slot in done)
 
 
 def _tell(exc: BaseException, slots: Sequence[Slot], done: Sequence[Slot]) -> None:
-    """Say on an error which connects had committed (P9)."""
-    if len(slots) > 1:
+    """Note on the error of a commit, which a cancellation may overtake, which connects had committed (P9)."""
+    if len({*slots, *done}) > 1:
         names = [slot.connect.name for slot in done]
         rest = [slot.connect.name for slot in slots if slot not in done]
         exc.add_note(f"already committed: {', '.join(names) or 'nothing'}; not committed: {', '.join(rest)} (P9)")
-        _outcome_of(exc).committed.extend(names)
 
 
 async def _roll_back_one(slot: Slot) -> None:

@@ -64,7 +64,7 @@ class Lines:
         return True
 
     def keep_task(self, transaction: object) -> bool:
-        """Return whether a transaction has one connection, which is known, and whose driver never cancels the task that awaits it."""
+        """Return whether a transaction has one connection, known, whose driver never cancels the task in which it is awaited."""
         # P7: between the COMMITs of two, listeners may await what they like. Each stands here by itself and by its engine.
         if len(getattr(transaction, "_connections", ())) != 2:
             return False

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import AbstractContextManager
 from contextvars import Context
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+from .errors import _outcome_of
 
 T = TypeVar("T")
+Maker: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
 logger = logging.getLogger("context_sqla")
 
 # A timer that was cancelled stays in the loop's heap until its time comes: it must not keep a request's context, and its unit.
@@ -47,20 +50,21 @@ def hold(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     return task
 
 
-async def settle(fn: Callable[[], Coroutine[Any, Any, T]], *, again: bool = False, patience: float | None = None) -> T:
+async def settle(fn: Maker[T], *, again: bool = False, patience: float | None = None, committed: Iterable[Any] = ()) -> T:
     """Run `fn` to its end in a task of its own, then raise a cancellation that arrived meanwhile.
 
     Args:
         fn: makes the coroutine; it bounds itself in time.
         again: run it once more if its own task is cancelled, as `asyncio.run` does with every task at its end.
         patience: seconds that it has once the caller is cancelled, where it does not bound itself: the application's own code.
+        committed: the sessions that were committed before, of which a cancellation is to tell (P9).
     """
     task, cancelled = await _run(fn, patience)
     if task.cancelled() and again:
         earlier = cancelled
         task, cancelled = await _run(fn, patience)
         cancelled = cancelled or earlier
-    return task.result() if cancelled is None else _overtaken(task, cancelled)
+    return task.result() if cancelled is None else _overtaken(task, cancelled, committed)
 
 
 async def finish(task: asyncio.Task[T], cancelled: asyncio.CancelledError, patience: float) -> T:
@@ -70,7 +74,8 @@ async def finish(task: asyncio.Task[T], cancelled: asyncio.CancelledError, patie
     return _overtaken(task, cancelled)
 
 
-def _overtaken(task: asyncio.Task[Any], cancelled: asyncio.CancelledError) -> NoReturn:
+def _overtaken(task: asyncio.Task[Any], cancelled: asyncio.CancelledError, committed: Iterable[Any] = ()) -> NoReturn:
+    _outcome_of(cancelled).committed.extend(slot.connect.name for slot in committed)
     if not task.cancelled() and (error := task.exception()) is not None:
         # P4: the caller learns of the cancellation; the error of a commit must not be lost with it.
         cancelled.add_note(f"while it was cancelled: {type(error).__name__}: {error}")
@@ -79,9 +84,7 @@ def _overtaken(task: asyncio.Task[Any], cancelled: asyncio.CancelledError) -> No
     raise cancelled
 
 
-async def _run(
-    fn: Callable[[], Coroutine[Any, Any, T]], patience: float | None
-) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
+async def _run(fn: Maker[T], patience: float | None) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
     loop = asyncio.get_running_loop()
     done = loop.create_future()  # is cancelled with the caller that awaits it, and the task is not
 

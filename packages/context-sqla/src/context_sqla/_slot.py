@@ -390,6 +390,6 @@ class Slot(Timed):
         if not self.committed:
             self.callbacks.take()
         elif not self.deferring and self.has_due:
-            await_only(settle(self.run_due, patience=self.connect.drain_timeout))
+            await_only(settle(self.run_due, patience=self.connect.drain_timeout, committed=(self,)))
         elif not self.deferring:
             self.committed = False

@@ -285,12 +285,14 @@ class Unit(Container):
             self._drop_callbacks(slots)
             await _commit.roll_back(slots)
             return
+        done: list[Slot] = []
         self._last_task = asyncio.current_task() if final else None
         try:
-            await self._commit(slots, keep=keep)
+            await self._commit(slots, done, keep=keep)
         except BaseException as exc:
-            if _outcome_of(exc).complete and callbacks:  # cancelled, when all was committed
-                await self._run_callbacks(callbacks, slots)
+            # Cancelled, when all was committed; what a hook has opened meanwhile is not.
+            if _outcome_of(exc).complete and callbacks and not any(slot.open for slot in self._own()):
+                await self._run_callbacks(callbacks, done)
             self._drop_callbacks(slots)
             raise
         finally:
@@ -300,13 +302,13 @@ class Unit(Container):
         for slot in (self.borrowed or {}).values():
             await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
-            await self._run_callbacks(callbacks, slots)
+            await self._run_callbacks(callbacks, done)
 
-    async def _commit(self, slots: list[Slot], *, keep: bool) -> None:
-        await _commit.commit(slots, keep=keep)
+    async def _commit(self, slots: list[Slot], done: list[Slot], *, keep: bool) -> None:
+        await _commit.commit(slots, done, keep=keep)
         while len(self.slots) > len(slots) and (late := [slot for slot in self._own() if slot.open and slot not in slots]):
             slots += late  # a hook has asked for the session of another connect
-            await _commit.commit(late, keep=keep)
+            await _commit.commit(late, done, keep=keep)
 
     def _drop_callbacks(self, slots: list[Slot]) -> None:
         """Drop what waits for a commit that is not to come (P14)."""
@@ -314,12 +316,12 @@ class Unit(Container):
         for slot in slots:
             slot.callbacks.take()
 
-    async def _run_callbacks(self, callbacks: list[Callback], slots: list[Slot]) -> None:
+    async def _run_callbacks(self, callbacks: list[Callback], done: list[Slot]) -> None:
         async def run() -> None:
             for callback in callbacks:
                 await self.run_callback(callback)
 
-        await settle(run, patience=max((slot.connect.drain_timeout for slot in slots), default=30))
+        await settle(run, patience=max((slot.connect.drain_timeout for slot in done), default=30), committed=done)
 
     async def _end_slots(self, cause: BaseException | None = None) -> None:
         slots, self.slots = self._own(), {}
