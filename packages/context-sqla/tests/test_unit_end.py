@@ -30,6 +30,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.util import await_only
 from support.deadline import until
 
 
@@ -184,6 +185,65 @@ async def test_cancellation_after_the_commit_names_what_is_committed(db, other, 
     assert committed_connects(caught.value) == tuple(connect.name for connect in connects)
     assert [await names(connect) for connect in connects] == [["a"]] * len(connects)
     assert [connect.pool_status().checked_out for connect in connects] == [0] * len(connects)
+
+
+@pytest.mark.parametrize("by", ["commit_db_session", "session.commit"])
+async def test_cancellation_of_a_callback_names_what_was_committed_by_hand(db, by):
+    """What waits for the whole unit runs at its end, when nothing is left to be committed (P9, P14)."""
+    waiting = asyncio.Event()
+
+    async def wait():
+        waiting.set()
+        await asyncio.Event().wait()
+
+    async def work():
+        async with db_context():
+            await insert(db, "a")
+            on_commit(wait)
+            await (commit_db_session(db) if by == "commit_db_session" else (await db_session(db)).commit())
+
+    db.drain_timeout = 0.05
+    task = asyncio.create_task(work())
+    await asyncio.wait_for(waiting.wait(), 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+
+    assert committed_connects(caught.value) == ("db",)
+    assert await names(db) == ["a"]
+
+
+async def test_cancellation_in_the_clean_up_names_what_is_committed(db, other):
+    """Background work is committed, while the body that its client did not read to the end is still being rolled back (P8, P9)."""
+    rolling_back, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold():
+        rolling_back.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    async def work():
+        async with request() as unit:
+            units.append(unit)
+            await unit.head(200)
+            await insert(db, "body")
+            unit.disconnected()
+            await asyncio.wait_for(rolling_back.wait(), 10)
+            await insert(other, "background")
+            await unit.close()
+
+    units = []
+    engine = (await db.session_maker()).kw["bind"].sync_engine
+    event.listen(engine, "rollback", lambda _: await_only(hold()))
+    task = asyncio.create_task(work())
+    await until(lambda: units and units[0].phase is Phase.CLOSED)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+
+    assert committed_connects(caught.value) == ("other",)
+    assert (await names(db), await names(other)) == ([], ["background"])
 
 
 async def test_commit_that_was_cancelled_is_not_kept_until_its_limit(db):

@@ -1,7 +1,7 @@
 """What a session asks of what is around it: its unit, and in tests its place in a transaction that it shares."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ._callbacks import Callback
@@ -14,7 +14,7 @@ class Owner(Protocol):
 
     policy: Policy
     label: Callable[[], str] | None
-    committed: bool
+    committed: Mapping[str, bool]
     loop: asyncio.AbstractEventLoop | None
 
     def check_open(self, connect: DBConnect[Any] | None) -> None:

@@ -44,7 +44,7 @@ class Container:
 
     # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
     options: Mapping[str, Any] | None = None  # of every transaction of this unit
-    committed: bool = False  # something of this unit can no longer be rolled back
+    committed: Mapping[str, bool] = {}  # the connects of which something can no longer be rolled back
     _ahead: dict[str, Slot] | None = None
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
     _producers: set["asyncio.Task[Any] | None"] | None = None  # tasks that make the body beside the request's own

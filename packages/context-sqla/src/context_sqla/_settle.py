@@ -50,14 +50,14 @@ def hold(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     return task
 
 
-async def settle(fn: Maker[T], *, again: bool = False, patience: float | None = None, committed: Iterable[Any] = ()) -> T:
+async def settle(fn: Maker[T], *, again: bool = False, patience: float | None = None, committed: Iterable[str] = ()) -> T:
     """Run `fn` to its end in a task of its own, then raise a cancellation that arrived meanwhile.
 
     Args:
         fn: makes the coroutine; it bounds itself in time.
         again: run it once more if its own task is cancelled, as `asyncio.run` does with every task at its end.
         patience: seconds that it has once the caller is cancelled, where it does not bound itself: the application's own code.
-        committed: the sessions that were committed before, of which a cancellation is to tell (P9).
+        committed: the connects that have committed before, of which a cancellation is to tell (P9).
     """
     task, cancelled = await _run(fn, patience)
     if task.cancelled() and again:
@@ -74,8 +74,8 @@ async def finish(task: asyncio.Task[T], cancelled: asyncio.CancelledError, patie
     return _overtaken(task, cancelled)
 
 
-def _overtaken(task: asyncio.Task[Any], cancelled: asyncio.CancelledError, committed: Iterable[Any] = ()) -> NoReturn:
-    _outcome_of(cancelled).committed.extend(slot.connect.name for slot in committed)
+def _overtaken(task: asyncio.Task[Any], cancelled: asyncio.CancelledError, committed: Iterable[str] = ()) -> NoReturn:
+    _outcome_of(cancelled).committed.extend(committed)
     if not task.cancelled() and (error := task.exception()) is not None:
         # P4: the caller learns of the cancellation; the error of a commit must not be lost with it.
         cancelled.add_note(f"while it was cancelled: {type(error).__name__}: {error}")

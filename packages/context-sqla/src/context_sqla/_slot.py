@@ -378,7 +378,7 @@ class Slot(Timed):
 
     def after(self, callbacks: Sequence[Callback] | None = None) -> None:
         """Note that a transaction was committed."""
-        self.owner.committed = True
+        self.owner.committed = {**self.owner.committed, self.connect.name: True}
         self.committed = True
         self._due.extend(self.callbacks.take() if callbacks is None else callbacks)
 
@@ -390,6 +390,6 @@ class Slot(Timed):
         if not self.committed:
             self.callbacks.take()
         elif not self.deferring and self.has_due:
-            await_only(settle(self.run_due, patience=self.connect.drain_timeout, committed=(self,)))
+            await_only(settle(self.run_due, patience=self.connect.drain_timeout, committed=(self.connect.name,)))
         elif not self.deferring:
             self.committed = False

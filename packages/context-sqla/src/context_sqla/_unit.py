@@ -292,7 +292,7 @@ class Unit(Container):
         except BaseException as exc:
             # Cancelled, when all was committed; what a hook has opened meanwhile is not.
             if _outcome_of(exc).complete and callbacks and not any(slot.open for slot in self._own()):
-                await self._run_callbacks(callbacks, done)
+                await self._run_callbacks(callbacks, slots)
             self._drop_callbacks(slots)
             raise
         finally:
@@ -302,7 +302,7 @@ class Unit(Container):
         for slot in (self.borrowed or {}).values():
             await slot.flush()  # P12: a session of the test is flushed, and left to the test
         if callbacks:
-            await self._run_callbacks(callbacks, done)
+            await self._run_callbacks(callbacks, slots)
 
     async def _commit(self, slots: list[Slot], done: list[Slot], *, keep: bool) -> None:
         await _commit.commit(slots, done, keep=keep)
@@ -316,12 +316,12 @@ class Unit(Container):
         for slot in slots:
             slot.callbacks.take()
 
-    async def _run_callbacks(self, callbacks: list[Callback], done: list[Slot]) -> None:
+    async def _run_callbacks(self, callbacks: list[Callback], slots: list[Slot]) -> None:
         async def run() -> None:
             for callback in callbacks:
                 await self.run_callback(callback)
 
-        await settle(run, patience=max((slot.connect.drain_timeout for slot in done), default=30), committed=done)
+        await settle(run, patience=max((slot.connect.drain_timeout for slot in slots), default=30), committed=self.committed)
 
     async def _end_slots(self, cause: BaseException | None = None) -> None:
         slots, self.slots = self._own(), {}
@@ -338,7 +338,7 @@ class Unit(Container):
         _commit.refuse(self._own())
         try:
             if self._ahead or self._opening or self._cleaning or not all(slot.at_rest for slot in self.slots.values()):
-                await settle(lambda: self._clean_up(exc or error), again=True)
+                await settle(lambda: self._clean_up(exc or error), again=True, committed=self.committed if commits else ())
             else:
                 slots, self.slots = self._own(), {}
                 _commit.end_at_rest(slots, exc or error)
