@@ -41,7 +41,7 @@ _CONNECT = {"aiosqlite": "aiosqlite.connect", "asyncpg": "asyncpg.connect", "psy
 # After a cancelled statement these leave a connection whose transaction can be rolled back (ran); others do not.
 _SURVIVORS = frozenset({"aiosqlite", "asyncpg", "psycopg", "psycopg_async"})
 # These await the answer to a COMMIT without a timeout of their own (read in their code).
-_KEEPS_TASK = frozenset({"aiosqlite", "asyncpg"})
+_KEEPS_TASK = frozenset({"aiosqlite.core", "asyncpg.connection"})
 
 
 def parse(given: str | URL) -> URL:
@@ -78,7 +78,7 @@ def survives_cancellation(driver: str) -> bool:
 
 def keeps_task(connection: Any) -> bool:
     """Return whether a driver is known never to cancel the task that awaits its COMMIT, as a timeout of asyncio would."""
-    return type(connection).__module__.partition(".")[0] in _KEEPS_TASK
+    return type(connection).__module__ in _KEEPS_TASK
 
 
 def creator(dialect: Any) -> Callable[..., Awaitable[Any]] | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from sqlalchemy.engine import Connection, TwoPhaseTransaction
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import SessionTransaction
 
 from . import _drivers
 from ._engines import Line, line_of_new
@@ -63,12 +64,11 @@ class Lines:
                 return False
         return True
 
-    def keep_task(self, transaction: object) -> bool:
+    def keep_task(self, transaction: SessionTransaction | None) -> bool:
         """Return whether a transaction has one connection, known, whose driver never cancels the task in which it is awaited."""
-        # P7: between the COMMITs of two, listeners may await what they like. Each stands here by itself and by its engine.
-        if len(getattr(transaction, "_connections", ())) != 2:
-            return False
-        return bool(self._all) and _drivers.keeps_task(self._all[0][1].driver)
+        # P7: between the COMMITs of two, listeners may await what they like. SQLAlchemy has each by itself and by its engine.
+        alone = transaction is not None and transaction._parent is None and len(transaction._connections) == 2
+        return alone and self._all != [] and _drivers.keeps_task(self._all[0][1].driver)
 
     def are_sending(self) -> bool:
         """Return whether a COMMIT is on its way on one of them."""

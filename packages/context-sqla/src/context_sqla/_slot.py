@@ -99,7 +99,7 @@ class Slot(Timed):
 
     def may_commit_here(self) -> bool:
         """Whether its COMMIT may be awaited in the task of the request: it is one, on a connection whose driver allows it."""
-        return self.place is None and self.lines.keep_task(self.sync.get_transaction()) and not self.sync.twophase
+        return self.place is None and self.lines.keep_task(self.sync._transaction) and not self.sync.twophase
 
     def must_go_on(self) -> bool:
         """Whether its COMMIT is on its way, or its connection back to the pool, which loses it if that is cancelled."""
