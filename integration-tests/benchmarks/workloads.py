@@ -478,7 +478,7 @@ _STEPS: Mapping[str, Callable[[Any], Any]] = {
     "the unit, opened and closed": _in_unit,
     "its two decisions: head, end of body": _decided,
     "by what the application sends": _wired,
-    "the middleware: label, nesting, errors": _whole,
+    "the middleware: scope, nesting, errors": _whole,
 }
 
 

@@ -490,8 +490,9 @@ async def _both(request, bench, database, other_database):
 
 @pytest.mark.postgresql
 @pytest.mark.parametrize("both", ["watched", "not watched"], indirect=True)
+@pytest.mark.parametrize("put", [False, True], ids=["opened", "put"])
 @pytest.mark.parametrize("when", ["between", "in a listener", "in the second"])
-async def test_session_with_two_engines_is_committed_as_a_whole(both, ledger, other_ledger, bench, when):
+async def test_session_with_two_engines_is_committed_as_a_whole(both, ledger, other_ledger, bench, when, put):
     """Cancelled after the first COMMIT was sent: SQLAlchemy sends the second one too, whatever it awaits on the way (P7)."""
     both, engines = both
     commits, waiting, go_on = [], asyncio.Event(), asyncio.Event()
@@ -511,8 +512,12 @@ async def test_session_with_two_engines_is_committed_as_a_whole(both, ledger, ot
 
     async def work():
         async with db_context():
-            session = await db_session(both)
-            session.add_all([Item(name="a"), Parent(name="b")])
+            session = await (both.create_session() if put else db_session(both))
+            session.add(Parent(name="b"))
+            await session.flush()
+            if put:  # on one connection, which nobody has seen, its transaction has begun
+                put_db_session_to_context(both, session)
+            session.add(Item(name="a"))
             await session.flush()
 
     for engine in engines:

@@ -11,6 +11,7 @@ from context_sqla_starlette import add_starlette_http_db_session_middleware, set
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -51,7 +52,8 @@ def build(application: Application) -> Starlette:
             routes.append(StarletteRoute(route.path, endpoint(route.handler), methods=list(route.methods)))
         else:
             routes.append(WebSocketRoute(route.path, socket_endpoint(route.handler)))
-    app = Starlette(routes=routes, lifespan=lifespan(application))
+    # With middleware of its own the application is set up in two parts, as FastAPI's, which has none, is in one.
+    app = Starlette(routes=routes, lifespan=lifespan(application), middleware=[Middleware(_Idle)])
     finish(app, application, setup)
     return app
 
@@ -158,6 +160,16 @@ def _own_exceptions() -> Any:
 
 async def _pass_through(request: Request, call_next: RequestResponseEndpoint) -> Response:
     return await call_next(request)
+
+
+class _Idle:
+    """Middleware that does nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
 
 
 class _GateMiddleware:

@@ -1,5 +1,6 @@
 """Which scopes get a unit of work, and what becomes of errors that nobody answered."""
 
+import asyncio
 import gc
 import weakref
 
@@ -430,16 +431,40 @@ async def test_middleware_that_replaces_the_response_does_not_finish_its_body(le
     assert ledger.names() == "a"
 
 
-async def test_commit_point_can_be_watched(ledger, server):
-    """It calls `watch` with the unit before the application runs."""
+def _in_a_task(app):
+    async def middleware(scope, receive, send):
+        await asyncio.create_task(app({**scope, "inner": True}, receive, send))
+
+    return middleware
+
+
+@pytest.mark.parametrize(
+    ("stack", "inner"),
+    [
+        (lambda app, outer: outer(app), False),
+        (lambda app, outer: outer(CommitPoint(app)), False),
+        (lambda app, outer: outer(_in_a_task(CommitPoint(app))), True),
+        (lambda app, outer: setup(_in_a_task(outer(app))), True),
+    ],
+    ids=["one-part", "two-parts", "a-task-between", "mounted"],
+)
+async def test_task_of_the_request_is_told_from_those_that_it_starts(ledger, server, stack, inner):
+    """By the outer part, or further in where that knows better; and by which request."""
     seen = []
 
-    class Watched(CommitPoint):
-        watch = staticmethod(lambda unit, scope: seen.append((unit.phase, scope["path"])))
+    def outer(app):
+        part = ASGIHTTPDBSessionMiddleware(app)
+        part.runs_ahead = lambda unit: not unit.is_at_mark()
+        return part
 
     async def app(scope, receive, send):
-        seen.append("app")
+        unit = scope[SCOPE_KEY].unit
 
-    await server.call(ASGIHTTPDBSessionMiddleware(Watched(app)))
+        async def ask():
+            return unit.runs_ahead(unit)
 
-    assert seen == [("handler", "/"), "app"]
+        seen.extend([await ask(), await asyncio.create_task(ask()), await ask(), unit.request.get("inner", False)])
+
+    await server.call(stack(app, outer))
+
+    assert seen == [False, True, False, inner]

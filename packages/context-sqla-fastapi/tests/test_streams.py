@@ -7,9 +7,12 @@ import anyio.from_thread
 import pytest
 from context_sqla_fastapi import add_fastapi_http_db_session_middleware as by_hand
 from context_sqla_fastapi import setup
+from context_sqla_starlette import setup as starlette_setup
 from fastapi import Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from sqlalchemy.exc import IntegrityError
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 sse = pytest.importorskip("fastapi.sse", reason="this version of FastAPI has no streams of events")
 
@@ -63,13 +66,31 @@ def _streaming(ledger):
     return app
 
 
-@pytest.mark.parametrize("install", [setup, by_hand])
+def behind_a_task(app):
+    """Add middleware that runs the rest of the application in a task of its own."""
+
+    @app.middleware("http")
+    async def pass_on(request, call_next):
+        return await call_next(request)
+
+    setup(app)
+
+
+def mounted(app):
+    """Mount the application in one of Starlette, which knows of no such generators."""
+    setup(app)
+    whole = Starlette(routes=[Mount("/", app)])
+    starlette_setup(whole)
+    return whole
+
+
+@pytest.mark.parametrize("install", [setup, by_hand, behind_a_task, mounted])
 @pytest.mark.parametrize("path", ["/events", "/events-in-a-thread", "/lines", "/pieces"])
 async def test_generator_endpoint_commits_at_its_end(streaming, ledger, messages_of, install, path):
     """Also where FastAPI starts the generator before the head: it has a session of its own (P5)."""
-    install(streaming)
+    app = install(streaming) or streaming
 
-    log = await asyncio.wait_for(messages_of(streaming, path), 30)
+    log = await asyncio.wait_for(messages_of(app, path), 30)
 
     assert log[0] == "start 200 [dependency]"
     assert log[-1] == "body  [dependency event0 event1]"

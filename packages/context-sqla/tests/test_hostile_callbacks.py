@@ -568,7 +568,7 @@ async def test_error_without_a_text_is_cleaned_up_after_as_well(db, base, name):
 
 async def test_label_that_raises_does_no_harm(db, base):
     """It is only asked for a line in the log (P16)."""
-    unit = Unit.enter(label=_raises(ZeroDivisionError))
+    unit = Unit.enter(Policy(label=_raises(ZeroDivisionError)), object())
     await insert(db, "a")
     await unit.head(200)
     await unit.end_of_body()

@@ -808,7 +808,7 @@ async def test_label_of_the_unit_that_is_open():
         labels.append(unit_label())
         async with db_context():
             labels.append(unit_label())
-        unit = Unit.enter(label=lambda: "POST /users")
+        unit = Unit.enter(Policy(label=lambda request: f"POST {request}"), "/users")
         labels.append(unit_label())
         await unit.close()
 

@@ -9,7 +9,7 @@ from context_sqla import DBConnect
 from context_sqla.adapters import BeforeCommitCallback, Policy, check_connects, close_connects, retry_after_header
 from context_sqla.errors import SetupError, UnavailableError
 
-from ._wire import Wire, wire_of
+from ._wire import Wire, request_label, wire_of
 
 Rule: TypeAlias = Callable[[int], bool]
 
@@ -76,7 +76,7 @@ class DBSessionMiddleware:
     __middleware_version__: int = 1  # what aiohttp's decorator sets
 
     def __init__(self, *, should_commit: Rule | None = None, before_commit: BeforeCommitCallback | None = None) -> None:
-        self._policy = Policy(should_commit, before_commit)
+        self._policy = Policy(should_commit, before_commit, request_label)
 
     @web.middleware
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:

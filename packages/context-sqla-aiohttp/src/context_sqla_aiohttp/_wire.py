@@ -42,13 +42,8 @@ class Wire:
         self._own: tuple[Callable[..., Awaitable[None]], ...] = ()  # the writer's methods, once all are replaced
         self._request: web.Request = request
         self._writer: Any = writer
-        self.unit: Unit = Unit.enter(policy, self._label)
+        self.unit: Unit = Unit.enter(policy, request)
         writer.write_headers = self.write_headers
-
-    def _label(self) -> str:
-        """Return "METHOD /path", with the names of the path's parameters."""
-        resource = self._request.match_info.route.resource
-        return f"{self._request.method} {self._request.path if resource is None else resource.canonical}"
 
     # What the application returns and raises
 
@@ -194,3 +189,9 @@ def wire_of(request: web.Request) -> Wire | None:
     """
     wire = getattr(request.writer.write_headers, "__self__", None)
     return wire if type(wire) is Wire else None
+
+
+def request_label(request: web.Request) -> str:
+    """Return "METHOD /path", with the names of the path's parameters."""
+    resource = request.match_info.route.resource
+    return f"{request.method} {request.path if resource is None else resource.canonical}"

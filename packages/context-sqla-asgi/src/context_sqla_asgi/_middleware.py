@@ -72,6 +72,7 @@ class ASGIHTTPDBSessionMiddleware:
 
     Attributes:
         lifespan: what runs in a lifespan scope: the application, unless an adapter puts something around it.
+        runs_ahead: as for `Unit.enter`. For adapters to set.
         answer: may answer, through the wire, an exception that escapes before any head; returns whether it did. The exception
             then counts as handled. For adapters to replace.
     """
@@ -83,13 +84,14 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         self.app: ASGIApp = app
         self.lifespan: ASGIApp = app
-        self._policy = Policy(should_commit, before_commit)
+        self.runs_ahead: Callable[[Unit], bool] | None = None
+        self._policy = Policy(should_commit, before_commit, request_label)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or SCOPE_KEY in scope:
             await self._pass(scope, receive, send)
             return
-        unit = _enter(self._policy, lambda: request_label(scope))
+        unit = _enter(self._policy, scope, self.runs_ahead)
         wire = scope[SCOPE_KEY] = Wire(unit, scope.get("app"), receive, send)
         error: BaseException | None = None
         try:
@@ -113,6 +115,10 @@ class ASGIHTTPDBSessionMiddleware:
                 await closing
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wire: Wire | None = scope.get(SCOPE_KEY)
+        if wire is not None and self.runs_ahead is not None:  # a mounted application of another framework
+            wire.unit.runs_ahead = self.runs_ahead
+            wire.unit.mark(scope)
         with nullcontext() if scope["type"] == "http" else hidden_unit():
             await (self.lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
 
@@ -128,23 +134,20 @@ class CommitPoint:
 
     Attributes:
         answer: as in `ASGIHTTPDBSessionMiddleware`; the error of the commit is `wire.failed`. For adapters to replace.
-        watch: called with the unit of each request before the application runs, in the same task. For adapters to set.
     """
 
     answer: ClassVar["staticmethod[[Exception, Scope, Wire], Awaitable[bool]]"] = staticmethod(_answer_unavailable)
-    watch: "ClassVar[staticmethod[[Unit, Scope], None] | None]" = None
 
     def __init__(self, app: ASGIApp) -> None:
         self.app: ASGIApp = app
-        self._watch = self.watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901  # one piece: each request comes by
         outer: Wire | None = scope.get(SCOPE_KEY)
         if outer is None:
             await self.app(scope, receive, send)
             return
-        if self._watch is not None:
-            self._watch(outer.unit, scope)
+        if outer.unit.runs_ahead is not None:
+            outer.unit.mark(scope)
         wire = scope[SCOPE_KEY] = Wire(outer.unit, scope.get("app"), receive, send)
         try:
             try:

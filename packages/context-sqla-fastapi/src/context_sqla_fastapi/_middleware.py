@@ -1,6 +1,5 @@
 """FastAPI's unit of work: Starlette's, and streams of events whose generator starts before their head."""
 
-import asyncio
 import inspect
 from functools import lru_cache, partial
 from typing import Any
@@ -9,7 +8,6 @@ from context_sqla import DBConnect
 from context_sqla.adapters import BeforeCommitCallback, Unit, retry_after_header
 from context_sqla.errors import UnavailableError
 from context_sqla_starlette import (
-    InnerPart,
     OuterPart,
     Rule,
     StarletteHTTPDBSessionMiddleware,
@@ -19,7 +17,7 @@ from context_sqla_starlette import (
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.base import RequestResponseEndpoint
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp
 
 
 def setup(
@@ -42,8 +40,14 @@ def setup(
         SetupError: the application has started, or is set up already.
         TypeError: one of the connects is no `DBConnect`.
     """
-    outer = partial(OuterPart, before_commit=before_commit, should_commit=should_commit)
-    install(app, *connects, outer=outer, inner=_InnerPart, unavailable=_unavailable)
+    outer = partial(_outer, before_commit=before_commit, should_commit=should_commit)
+    install(app, *connects, outer=outer, unavailable=_unavailable)
+
+
+def _outer(app: ASGIApp, **options: Any) -> OuterPart:
+    part = OuterPart(app, **options)
+    part.runs_ahead = _runs_ahead
+    return part
 
 
 def add_fastapi_http_db_session_middleware(
@@ -82,20 +86,16 @@ async def fastapi_http_db_session_middleware(
     return await starlette_http_db_session_middleware(request, call_next, before_commit, should_commit=should_commit)
 
 
-def _watch(unit: Unit, scope: Scope) -> None:
-    """Tell the unit of generators that run beside the request: FastAPI starts those of event streams before the head (P5)."""
-    unit.runs_ahead = partial(_runs_ahead, unit, scope, asyncio.current_task())
-
-
-def _runs_ahead(unit: Unit, scope: Scope, task: "asyncio.Task[Any] | None") -> bool:
-    endpoint = scope.get("endpoint")
+def _runs_ahead(unit: Unit) -> bool:
+    """Return whether the generator of an event stream asks: FastAPI starts it beside the request, before the head (P5)."""
+    endpoint = unit.request.get("endpoint")
     try:
         is_generator = _is_generator(endpoint)
     except TypeError:  # an object that cannot be hashed
         is_generator = _is_generator.__wrapped__(endpoint)
     if is_generator:
-        return asyncio.current_task() is not task
-    if "route" in scope:  # its endpoint is known, and no other one will follow: nobody needs to ask again
+        return not unit.is_at_mark()
+    if "route" in unit.request:  # its endpoint is known, and no other one will follow: nobody needs to ask again
         unit.runs_ahead = None
     return False
 
@@ -108,10 +108,6 @@ def _is_generator(endpoint: Any) -> bool:
         endpoint = endpoint.func
     calls = (endpoint, inspect.unwrap(endpoint), getattr(endpoint, "__call__", None))  # noqa: B004
     return any(inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call) for call in calls)
-
-
-class _InnerPart(InnerPart):
-    watch = staticmethod(_watch)
 
 
 class FastAPIHTTPDBSessionMiddleware(StarletteHTTPDBSessionMiddleware):
@@ -128,7 +124,8 @@ class FastAPIHTTPDBSessionMiddleware(StarletteHTTPDBSessionMiddleware):
     def __init__(
         self, app: ASGIApp, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
     ) -> None:
-        super().__init__(_InnerPart(app), before_commit, should_commit=should_commit)
+        super().__init__(app, before_commit, should_commit=should_commit)
+        self.runs_ahead = _runs_ahead
 
 
 async def _unavailable(request: Request, exc: Exception) -> Response:

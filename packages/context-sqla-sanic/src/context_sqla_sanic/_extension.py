@@ -60,7 +60,11 @@ def setup(
     if issubclass(base, UnitRequest):
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
     kind: Any = type(app)
-    space: dict[str, Any] = {"__slots__": _SLOTS, "__doc__": UnitRequest.__doc__, "policy": Policy(should_commit, before_commit)}
+    space: dict[str, Any] = {
+        "__slots__": _SLOTS,
+        "__doc__": UnitRequest.__doc__,
+        "policy": Policy(should_commit, before_commit, _label),
+    }
     space |= {"put_route": base.route.__set__, "route": property(base.route.__get__, UnitRequest.begin)}
     app.request_class = type("UnitRequest", (UnitRequest, base), space)
     # The class that serves is sent to the workers: it is one that they can import.
@@ -93,7 +97,7 @@ class UnitRequest(Request[Any, Any]):
             self._hidden = ExitStack()
             self._hidden.enter_context(hidden_unit())
         else:
-            self.unit = Unit.enter(self.policy, self._label)
+            self.unit = Unit.enter(self.policy, self)
 
     async def settle(self, handling: Coroutine[Any, Any, None]) -> None:
         """End the unit with the handling of the request, or of an exception."""
@@ -153,7 +157,7 @@ class UnitRequest(Request[Any, Any]):
             self.unit = None
             await unit.close(error)
         if self.unit is None and answers and not isinstance(error, ForeignLoopError):  # which would only be raised again
-            self.unit = Unit.enter(self.policy, self._label)
+            self.unit = Unit.enter(self.policy, self)
 
     async def _answer(self, error: Exception) -> Any:
         """Return the answer to the commit error of an answer: the application's (P4b), and then one that decides nothing."""
@@ -170,10 +174,6 @@ class UnitRequest(Request[Any, Any]):
         self.unit = None
         return self.app.error_handler.default(self, error)
 
-    def _label(self) -> str:
-        template = self.uri_template or self.path
-        return f"{self.method} {_PARAMETER.sub(_BRACED, template)}"
-
 
 class UnitSanic(Sanic[Any, Any]):
     """An application that ends the unit of each request where its handling ends."""
@@ -186,6 +186,11 @@ class UnitSanic(Sanic[Any, Any]):
         """Answer an exception, in the unit of its request or in one of its own."""
         await request.fail(exception)
         await request.settle(super().handle_exception(request, exception, run_middleware))
+
+
+def _label(request: Request[Any, Any]) -> str:
+    template = request.uri_template or request.path
+    return f"{request.method} {_PARAMETER.sub(_BRACED, template)}"
 
 
 async def _hide(hidden: ExitStack, app: "Sanic[Any, Any]") -> None:

@@ -94,7 +94,7 @@ async def starlette_http_db_session_middleware(
     if SCOPE_KEY in scope:
         return await call_next(request)
     scope[SCOPE_KEY] = None  # a unit, and no wire
-    unit = Unit.enter(Policy(should_commit, before_commit), partial(request_label, scope))
+    unit = Unit.enter(Policy(should_commit, before_commit, request_label), scope)
     error: BaseException | None = None
     try:
         response = await call_next(request)
@@ -184,7 +184,7 @@ class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
 
 
 class OuterPart(ASGIHTTPDBSessionMiddleware):
-    """Open the unit, outside everything that Starlette builds; decide about the heads that middleware makes by itself."""
+    """Open the unit, outside everything that Starlette builds; decide about the heads that no `InnerPart` has seen."""
 
     answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_outermost)
 
@@ -199,7 +199,6 @@ def install(
     app: Starlette,
     *connects: DBConnect[Any],
     outer: Callable[[ASGIApp], OuterPart],
-    inner: type[InnerPart] = InnerPart,
     unavailable: Callable[[Request, Exception], Awaitable[Response]] = _unavailable,
 ) -> None:
     """Do what `setup` does, with parts that adapters of frameworks on top of Starlette may choose.
@@ -208,7 +207,6 @@ def install(
         app: the application, not started yet.
         connects: closed after the application's own shutdown.
         outer: makes the part that opens the unit.
-        inner: the part that commits.
         unavailable: the default handler of `UnavailableError`.
 
     Raises:
@@ -227,7 +225,9 @@ def install(
     def build_middleware_stack() -> ASGIApp:
         if not any(cls in app.exception_handlers for cls in _ANSWERED):
             app.exception_handlers[UnavailableError] = unavailable
-        app.user_middleware.append(Middleware(inner))
+        if not app.user_middleware:  # nothing that could buffer a response, or answer an error, would come between the parts
+            return _Outermost(outer(build()))
+        app.user_middleware.append(Middleware(InnerPart))
         try:
             return _Outermost(outer(build()))
         finally:

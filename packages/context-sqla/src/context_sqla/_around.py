@@ -1,7 +1,6 @@
 """What a session asks of what is around it: its unit, and in tests its place in a transaction that it shares."""
 
 import asyncio
-from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ._callbacks import Callback
@@ -13,9 +12,16 @@ class Owner(Protocol):
     """What a session asks of its unit."""
 
     policy: Policy
-    label: Callable[[], str] | None
-    committed: Mapping[str, bool]
+    committed: tuple[str, ...]
     loop: asyncio.AbstractEventLoop | None
+
+    def is_at_home(self) -> bool:
+        """Return whether the loop that runs here is the unit's."""
+        ...
+
+    def label(self) -> str:
+        """Return what log lines call the unit."""
+        ...
 
     def check_open(self, connect: DBConnect[Any] | None) -> None:
         """Raise if the unit has ended, or belongs to another event loop."""

@@ -5,8 +5,7 @@ import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast, overload
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
 
 from sqlalchemy import select
 from sqlalchemy.engine import URL
@@ -28,8 +27,7 @@ _HOST = rf"({_PART}+|\[(?:{_PART}|:)+\]|{_PART}*:{_PART}*:(?:{_PART}|:)*)(?::([1
 _choosing: ContextVar[tuple[set[Any], ...]] = ContextVar("context_sqla_choosing", default=())  # whose handlers are running here
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStatus:
+class PoolStatus(NamedTuple):
     """The pool of a connect's current host, in the running event loop.
 
     Args:
@@ -377,13 +375,13 @@ class DBConnect(Generic[S]):
         if member is None:
             member = self._make(host)
             here.add(member)
-        member.chosen = here.loop.time()
         if len(here.members) > 1:
+            member.chosen = here.loop.time()
             here.sweep_later(self)
         return member
 
-    def _here(self) -> LoopState:
-        return self._loops.here(self.cleanup_timeout)
+    def _here(self, loop: asyncio.AbstractEventLoop | None = None) -> LoopState:
+        return self._loops.here(self.cleanup_timeout, loop)
 
     def _make(self, host: str) -> Member:
         """Make engine and maker of a host; nothing is registered yet, so an error leaves everything as it was."""

@@ -1,17 +1,19 @@
 """The sessions of one unit of work: found, opened once however many ask at once, or borrowed from a test (P2, P12)."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import Token
 from enum import StrEnum
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _events  # noqa: F401  # from here on sessions are listened to
 from ._callbacks import Callback
 from ._connect import DBConnect
+from ._context import current
 from ._options import check_options
 from ._policy import DEFAULT_POLICY, Policy
 from ._settle import running_loop
@@ -19,6 +21,7 @@ from ._slot import Slot
 from .errors import ContextClosedError, ContextSqlaError, ForeignLoopError, UnsupportedOptionError
 
 S = TypeVar("S", bound=AsyncSession)
+RunsAhead: TypeAlias = Callable[[Any], bool]
 
 
 class Phase(StrEnum):
@@ -34,22 +37,28 @@ class Phase(StrEnum):
 HANDLER, STREAM, BACKGROUND, CLOSED = Phase.HANDLER, Phase.STREAM, Phase.BACKGROUND, Phase.CLOSED
 
 
+# Until Python 3.12 get_running_loop() asks the system for the process, each time. A thread runs one loop: two cheap questions.
+ASKS_SYSTEM = sys.version_info < (3, 12)
+
+
 class Container:
     """The sessions of one unit, and what they need to know of it.
 
     Args:
         policy: when to commit.
-        label: returns what log lines call the unit.
+        request: what the unit is opened for.
+        runs_ahead: takes the unit and returns whether the body asks although the head is not out.
     """
 
     # Defaults of the class: a request that asks for no session shall pay for none of them (P1).
     options: Mapping[str, Any] | None = None  # of every transaction of this unit
-    committed: Mapping[str, bool] = {}  # the connects of which something can no longer be rolled back
+    committed: tuple[str, ...] = ()  # the connects of which something can no longer be rolled back
     _ahead: dict[str, Slot] | None = None
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
     _producers: set["asyncio.Task[Any] | None"] | None = None  # tasks that make the body beside the request's own
     _waiting: dict[str, list[Callback]] | None = None
     _patience: float = 0.0  # how long a session that is being opened is waited for
+    _mark: Token[Any] | None = None  # the context in which the request's own task was seen last
     _last_task: "asyncio.Task[Any] | None" = None  # makes the last commit of this phase: others come too late
     # In tests (P12)
     joinable: bool = False  # opened by a test, for others to join
@@ -58,20 +67,48 @@ class Container:
     turns: dict[str, Any] | None = None  # the shared transactions of a test, by connect
     borrowed: dict[str, Slot] | None = None  # sessions of the test's own unit
 
-    def __init__(self, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> None:
+    def __init__(self, policy: Policy = DEFAULT_POLICY, request: Any = None, runs_ahead: RunsAhead | None = None) -> None:
         # What every request reads: CPython finds it at once only where the class has no default of the same name.
         self.policy: Policy = policy
-        self.label: Callable[[], str] | None = label
+        self.request: Any = request
         self.phase: Phase = HANDLER
         self.used: bool = False  # a session or a callback was asked for
         self.slots: dict[str, Slot] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # that of the first session
         self.thread: int | None = get_ident()  # in which that loop runs: a loop of another thread is foreign
-        self.runs_ahead: Callable[[], bool] | None = None  # whether the body asks although the head is not out
+        self.runs_ahead: RunsAhead | None = runs_ahead  # None also where nobody needs to ask any more
         self._token: Token[Any] | None = None  # of the context variable
         self._commits: bool = True  # the decision about the head holds for the body
         self._left: bool = False  # the client has left, the body may still go on
         self._ends_with: asyncio.Task[Any] | None = None
+
+    def label(self) -> str:
+        """Return what log lines call the unit."""
+        name = self.policy.label
+        return "a unit of work" if name is None or self.request is None else name(self.request)
+
+    def mark(self, request: Any) -> None:
+        """Note that the task that handles the request is this one, where middleware may have started it (P5).
+
+        Args:
+            request: what the unit is opened for, as it is known here.
+        """
+        self.request = request
+        self._mark = current.set(self)
+
+    def is_at_mark(self) -> bool:
+        """Return whether this runs in the task that handles the request, and in none that was started by it."""
+        mark = self._mark or self._token
+        try:
+            current.reset(mark)  # type: ignore[arg-type]  # only where it was set, which is in this very context
+        except ValueError:
+            return False
+        here = current.set(self)
+        if self._mark is None:
+            self._token = here
+        else:
+            self._mark = here
+        return True
 
     def holds(self, context_key: str) -> bool:
         """Return whether a session of this connect is open in the unit."""
@@ -84,7 +121,7 @@ class Container:
             ContextClosedError: the unit has ended.
         """
         self.check_open(connect)
-        if self.runs_ahead is not None and self.runs_ahead():
+        if self.runs_ahead is not None and self.runs_ahead(self):
             return None
         slot = self.slots.get(connect.context_key)
         if slot is None and connect.before_create_session_handler is None and not self.joined:
@@ -96,7 +133,7 @@ class Container:
         if (found := self.slot_at_once(connect)) is not None:
             return found
         ahead = False
-        if self.runs_ahead is not None and self.runs_ahead():
+        if self.runs_ahead is not None and self.runs_ahead(self):
             self._producers = {*(self._producers or ()), asyncio.current_task()}
             if self.phase is HANDLER:
                 ahead = True
@@ -107,23 +144,30 @@ class Container:
             if connect.before_create_session_handler is None and not self.joined:
                 slot = self._make(connect, slots)
             else:
-                self._check_in_time(connect)
+                if self._last_task is not None:
+                    self._check_in_time(connect)
                 slot = await self._open_once(connect, ahead)
         return slot
 
     def _make(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
-        self._check_in_time(connect)
+        if self._last_task is not None:
+            self._check_in_time(connect)
         slot = slots[connect.context_key] = self._new_slot(connect, None)
         return slot
 
     def _check_in_time(self, connect: DBConnect[Any]) -> None:
-        if self._last_task is None:
-            return
         if self._last_task is not asyncio.current_task() or any(slot.deferring for slot in self.slots.values()):
             raise _outlived(connect)  # the last commit has begun without it
 
     def _slots(self, ahead: bool) -> dict[str, Slot]:
         return self._ahead if ahead and self._ahead is not None else self.slots
+
+    def is_at_home(self) -> bool:
+        """Return whether the loop that runs here is the unit's: a cheap question."""
+        loop = self.loop
+        if ASKS_SYSTEM:
+            return loop is not None and self.thread == get_ident() and loop.is_running()
+        return loop is running_loop()
 
     def check_open(self, connect: DBConnect[Any] | None) -> None:
         """Raise if the unit has ended (P10), or belongs to another event loop (P15)."""
@@ -153,7 +197,7 @@ class Container:
         if connect.context_key in self.slots:
             raise ContextSqlaError(f"{connect!r}: its unit has one already; pop_db_session_from_context() or close it first")
         slot = self._slot_for(connect, session, host or connect.host or "")
-        slot.foreign = True
+        slot.lines.whole = not slot.open
         self.slots[connect.context_key] = slot
         return slot
 
@@ -221,7 +265,7 @@ class Container:
         return unit
 
     def _new_slot(self, connect: DBConnect[Any], host: str | None) -> Slot:
-        here = connect._here()
+        here = connect._here(self.loop)
         member = connect._member(host, here)
         if self.options and not self.joinable:
             session = member.maker(bind=member.engine.execution_options(**self.options))

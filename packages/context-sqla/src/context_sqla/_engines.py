@@ -34,12 +34,14 @@ class Line:
         "ended",
         "expired",
         "failure",
+        "keeps_task",
         "running",
         "sending",
     )
 
     def __init__(self, driver: Any) -> None:
         self.driver: Any = driver
+        self.keeps_task: bool = _drivers.keeps_task(driver)
         self.running: dict[Any, Any] = {}  # statements, and what executes them
         self.failure: str | None = None  # a statement failed in this transaction, and how
         self.cancelled: bool = False  # ... because it was cancelled

@@ -18,15 +18,13 @@ BEGIN = object()
 class _Awaited:
     """What a driver awaits, as the task is shown it: cancelled at a protected moment, the driver's own goes on."""
 
-    __slots__ = ("_asyncio_future_blocking", "_context", "_error", "_future", "_is_protected", "_wake")
+    __slots__ = ("_asyncio_future_blocking", "_context", "_error", "_future", "_is_protected", "_wake", "get_loop")
 
     def __init__(self, future: "asyncio.Future[Any]", is_protected: Callable[[], bool]) -> None:
         self._future = future
         self._is_protected = is_protected
         self._asyncio_future_blocking = True  # by this a task knows what it can wait for
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._future.get_loop()
+        self.get_loop = future.get_loop  # for which it asks
 
     def add_done_callback(self, wake: Callable[[Any], object], *, context: Context | None = None) -> None:
         self._wake, self._context = wake, context
@@ -38,7 +36,7 @@ class _Awaited:
         if not self._future.remove_done_callback(self._wake):
             return False  # it is done: the task is told when it wakes
         self._error = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)  # by which anyio knows its own
-        self._future.get_loop().call_soon(self._wake, self, context=self._context)
+        self.get_loop().call_soon(self._wake, self, context=self._context)
         return True
 
     def result(self) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from sqlalchemy.engine import Connection, TwoPhaseTransaction
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import SessionTransaction
 
 from . import _drivers
 from ._engines import Line, line_of_new
@@ -26,6 +25,7 @@ class Lines:
 
     def __init__(self) -> None:
         self._all: list[tuple[Connection, Line]] = []
+        self.whole: bool = True  # there is no other one, which cannot be asked
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -38,15 +38,18 @@ class Lines:
         """Note a connection; one whose engine is not watched cannot be asked."""
         if (line := line_of_new(connection)) is not None:
             self._all.append((connection, line))
+        else:
+            self.whole = False
 
     def clear(self) -> None:
         """Forget them: the transaction is over."""
         self._all.clear()
+        self.whole = True
 
     def are_running(self) -> bool:
         """Return whether a statement is running on one of them."""
-        for _, line in self._all:  # noqa: SIM110  # each commit asks, several times
-            if (line.running and line.is_running()) or _drivers.is_locked(line.driver):
+        for _, line in self._all:  # each commit asks, several times
+            if (line.running and line.is_running()) or (not line.keeps_task and _drivers.is_locked(line.driver)):
                 return True
         return False
 
@@ -57,18 +60,16 @@ class Lines:
                 return True
         return False
 
-    def are_well(self) -> bool:
-        """Return whether no statement runs or has failed on any of them, and no server-side cursor was opened."""
-        for _, line in self._all:  # noqa: SIM110
-            if line.failure or line.running or line.cursor:
-                return False
-        return True
+    def are_ready(self) -> bool:
+        """Return whether a COMMIT may be sent at once: no statement runs or has failed, and no server-side cursor was opened."""
+        if not self.keep_task():
+            return False
+        line = self._all[0][1]
+        return not (line.failure or line.running or line.cursor)
 
-    def keep_task(self, transaction: SessionTransaction | None) -> bool:
-        """Return whether a transaction has one connection, known, whose driver never cancels the task in which it is awaited."""
-        # P7: between the COMMITs of two, listeners may await what they like. SQLAlchemy has each by itself and by its engine.
-        alone = transaction is not None and transaction._parent is None and len(transaction._connections) == 2
-        return alone and self._all != [] and _drivers.keeps_task(self._all[0][1].driver)
+    def keep_task(self) -> bool:
+        """Return whether there is one, known, and its driver never cancels the task in which it is awaited."""
+        return self.whole and len(self._all) == 1 and self._all[0][1].keeps_task  # P7: between two COMMITs listeners may wait
 
     def are_sending(self) -> bool:
         """Return whether a COMMIT is on its way on one of them."""

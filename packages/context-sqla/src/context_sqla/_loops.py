@@ -164,9 +164,9 @@ class Loops:
         loop = running_loop()
         return None if loop is None else self._states.get(loop)
 
-    def here(self, cleanup_timeout: float) -> LoopState:
-        """Return the state of the running loop; the first call in a loop drops what dead loops have left."""
-        loop = asyncio.get_running_loop()
+    def here(self, cleanup_timeout: float, loop: asyncio.AbstractEventLoop | None = None) -> LoopState:
+        """Return the state of the running loop, if need be found; the first call in a loop drops what dead loops have left."""
+        loop = loop or asyncio.get_running_loop()
         state = self._states.get(loop)
         if state is None:
             self._bury()

@@ -2,8 +2,7 @@
 
 import inspect
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -11,17 +10,19 @@ BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[Any]]
 """An async function, called with each session that has an open transaction before that is committed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """Say when a unit commits, and who is asked before it does.
 
     Args:
         should_commit: takes the response's status; replaces the rule "below 400 commits".
         before_commit: awaited before each session's commit; refuses it by raising.
+        label: takes the unit's request and returns what log lines call it, such as "POST /users". It is called late, when the
+            route is known.
     """
 
     should_commit: Callable[[int], bool] | None = None
     before_commit: BeforeCommitCallback | None = None
+    label: Callable[[Any], str] | None = None
 
     def commits(self, status: int) -> bool:
         """Return whether a response with this status commits what its request wrote (P3).

@@ -1,7 +1,6 @@
 """`db_session` and its family, and the life cycle by hand for those who write a middleware of their own."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import Token
@@ -12,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _commit
 from ._connect import DBConnect
-from ._container import Phase
+from ._container import ASKS_SYSTEM, Phase
 from ._context import current
 from ._engines import KEY
 from ._lines import Lines
@@ -24,8 +23,6 @@ from ._unit import Unit
 from .errors import ContextAlreadyInitiatedError, ContextNotInitiatedError, UnsupportedOptionError
 
 S = TypeVar("S", bound=AsyncSession)
-# Until Python 3.12 get_running_loop() asks the system for the process, each time. A thread runs one loop: two cheap questions.
-_ASKS_SYSTEM = sys.version_info < (3, 12)
 CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
 
 
@@ -46,7 +43,7 @@ async def db_session(connect: DBConnect[S]) -> S:
     if unit.runs_ahead is None and (loop := unit.loop) is not None:
         slot = unit.slots.get(connect.context_key)
         if slot is not None and (
-            unit.thread == get_ident() and loop.is_running() if _ASKS_SYSTEM else loop is asyncio.get_running_loop()
+            unit.thread == get_ident() and loop.is_running() if ASKS_SYSTEM else loop is asyncio.get_running_loop()
         ):
             session: S = slot.session
             return session

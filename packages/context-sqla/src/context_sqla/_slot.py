@@ -18,7 +18,7 @@ from ._lines import Lines, Prepared
 from ._loops import LoopState
 from ._policy import BeforeCommitCallback
 from ._refusal import REAL_COMMITS, REMEDY, Refusal
-from ._settle import logger, running_loop, settle
+from ._settle import logger, settle
 from ._timed import Timed
 from .errors import ContextClosedError, ContextSqlaError, SessionBusyError, _outcome_of
 
@@ -41,7 +41,6 @@ class Slot(Timed):
         self.owner: Owner = owner
         self.before_commit: BeforeCommitCallback | None = owner.policy.before_commit
         self.lines: Lines = Lines()
-        self.foreign: bool = False  # put into the unit by hand
         self.kept: bool = False  # P5: the transaction goes on after the head
         self.ended: bool = False  # it takes nothing any more
         self.hooked: bool | None = False  # the before-commit hooks have run for this transaction; None: they are running
@@ -50,7 +49,7 @@ class Slot(Timed):
         self.callbacks: Callbacks = Callbacks()
         self._due: list[Callback] = []
         self.committed: bool = False  # and who waited for it was not told yet
-        self.here: LoopState | None = None  # that of the loop in which it was made for a unit
+        self.here: LoopState | None = None  # that of the loop in which it was made for a unit, and not put into one by hand
         self._limit: float | None = None
         self._held: asyncio.TimerHandle | None = None
         self.place: Place | None = None  # in the transaction of a test
@@ -80,9 +79,12 @@ class Slot(Timed):
     @property
     def busy(self) -> bool:
         """Whether a statement is running on the session, or a connection is being opened for it."""
-        if self.lines.are_running() or getattr(self.sync, "_flushing", False):
-            return True
-        if self.place is not None and self.place.is_taken():
+        taken = self.place is not None and self.place.is_taken()
+        return taken or self.lines.are_running() or self._is_at_work()
+
+    def _is_at_work(self) -> bool:
+        """Whether SQLAlchemy itself says that something is going on."""
+        if getattr(self.sync, "_flushing", False):
             return True
         transaction = self.sync.get_nested_transaction() or self.sync.get_transaction()
         return transaction is not None and getattr(transaction, "_current_fn", None) is not None
@@ -94,12 +96,12 @@ class Slot(Timed):
 
     def is_ready(self) -> bool:
         """Whether nothing is to be done or asked before this session's COMMIT: so it is for most requests."""
-        works = self.kept or self.has_hooks or self.dirty or self.busy
-        return not works and self.may_commit_here() and self.lines.are_well()
+        ready = not (self.kept or self.has_hooks) and self.place is None and self.lines.are_ready()
+        return ready and not (self.dirty or self.sync.twophase or self._is_at_work())
 
     def may_commit_here(self) -> bool:
         """Whether its COMMIT may be awaited in the task of the request: it is one, on a connection whose driver allows it."""
-        return self.place is None and self.lines.keep_task(self.sync._transaction) and not self.sync.twophase
+        return self.place is None and self.lines.keep_task() and not self.sync.twophase
 
     def must_go_on(self) -> bool:
         """Whether its COMMIT is on its way, or its connection back to the pool, which loses it if that is cancelled."""
@@ -125,7 +127,7 @@ class Slot(Timed):
 
     def seal(self) -> None:
         """Refuse statements of every task but the current one, until `unseal` (P7a)."""
-        self._owner = asyncio.current_task()
+        self._owner = asyncio.current_task(self.owner.loop)
         self.sync.get_bind = self._get_bind  # type: ignore[method-assign]
 
     def unseal(self) -> None:
@@ -325,9 +327,8 @@ class Slot(Timed):
 
     def _is_stranger(self) -> bool:
         """Whether this statement comes too late; those of a flush that was going on already belong together (P7a)."""
-        if self._owner is None or asyncio.current_task() is self._owner:
-            return False
-        return self._sending or not getattr(self.sync, "_flushing", False)
+        late = self._sending or not getattr(self.sync, "_flushing", False)
+        return late and self._owner is not None and asyncio.current_task() is not self._owner
 
     # After the commit (P14)
 
@@ -355,7 +356,7 @@ class Slot(Timed):
 
     def began(self, connection: Connection) -> None:
         """Note the connection of a transaction that begins."""
-        if self.owner.loop is not running_loop():
+        if not self.owner.is_at_home():
             if self.owner.loop is not None:  # P15: a thread that was given the session; the connection is no loop's now
                 connection.invalidate()
             self.owner.check_open(self.connect)  # a unit whose session was put where no loop ran is the first loop's
@@ -378,7 +379,8 @@ class Slot(Timed):
 
     def after(self, callbacks: Sequence[Callback] | None = None) -> None:
         """Note that a transaction was committed."""
-        self.owner.committed = {**self.owner.committed, self.connect.name: True}
+        if self.connect.name not in self.owner.committed:
+            self.owner.committed += (self.connect.name,)
         self.committed = True
         self._due.extend(self.callbacks.take() if callbacks is None else callbacks)
 

@@ -42,8 +42,7 @@ class Timed:
             self._held = asyncio.get_running_loop().call_later(seconds, self._warn, seconds, context=TIMERS)
 
     def _warn(self, seconds: float) -> None:
-        where = self.owner.label or (lambda: "a unit of work")
-        logger.warning("%r: %s holds a connection for more than %g s", self.connect, where(), seconds)
+        logger.warning("%r: %s holds a connection for more than %g s", self.connect, self.owner.label(), seconds)
 
     def _release(self) -> None:
         self.disarm()

@@ -6,14 +6,14 @@ head of the response leaves, what the body writes before its last byte, and back
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from contextvars import Token
 from typing import Any
 
 from . import _commit, _context
 from ._callbacks import Callback
 from ._connect import DBConnect
-from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase
+from ._container import BACKGROUND, CLOSED, HANDLER, STREAM, Container, Phase, RunsAhead
 from ._context import current as _current
 from ._context import test_unit, test_units
 from ._policy import DEFAULT_POLICY, Policy
@@ -29,14 +29,15 @@ class Unit(Container):
 
     Args:
         policy: when to commit.
-        label: returns what log lines call this unit, such as "POST /users"; called late.
+        request: what the unit is opened for; the policy's `label` names it.
+        runs_ahead: as for `enter`.
     """
 
-    label: Callable[[], str] | None
+    request: Any
     phase: Phase
     slots: dict[str, Slot]
     thread: int | None
-    runs_ahead: Callable[[], bool] | None
+    runs_ahead: RunsAhead | None
     parent: Container | None
     _left: bool
     _token: Token[Any] | None
@@ -48,7 +49,7 @@ class Unit(Container):
     _cleaning: "asyncio.Task[None] | None" = None
 
     @classmethod
-    def enter(cls, policy: Policy = DEFAULT_POLICY, label: Callable[[], str] | None = None) -> "Unit":
+    def enter(cls, policy: Policy = DEFAULT_POLICY, request: Any = None, runs_ahead: RunsAhead | None = None) -> "Unit":
         """Open a unit and make it the current one; nothing else happens until a session is asked for (P1).
 
         A marked context of a test is joined: the same calls then act on savepoints in the test's transaction (P12). Any other
@@ -56,12 +57,14 @@ class Unit(Container):
 
         Args:
             policy: when to commit, and what is asked before.
-            label: names the request in log lines and warnings. It is called late, when the route is known.
+            request: what the unit is opened for, in the framework's words; the policy's `label` names it.
+            runs_ahead: for frameworks that begin a body before the head is out: takes the unit and returns whether the code that
+                asks for a session is such a body (P5).
 
         Raises:
             ForeignLoopError: the test's context, which is to be joined, belongs to another event loop.
         """
-        unit = cls(policy, label)
+        unit = cls(policy, request, runs_ahead)
         if test_units:
             unit._join()
         unit._token = _current.set(unit)
@@ -367,9 +370,9 @@ class Unit(Container):
     def _leave(self) -> None:
         self.phase = CLOSED
         # A transport keeps the context in which it was opened, and so the unit, for the life of a pooled connection.
-        self.label = self.runs_ahead = None
+        self.request = self.runs_ahead = None
         if self.used:
-            self._broken = self._cleaning = self._on_commit = self._waiting = self._producers = None
+            self._broken = self._cleaning = self._on_commit = self._waiting = self._producers = self._mark = None
         if self._ends_with is not None:
             self._ends_with.remove_done_callback(self._close_after)
             self._ends_with = None

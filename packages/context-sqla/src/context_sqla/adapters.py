@@ -3,7 +3,7 @@
 An adapter translates the life of a request into the calls of one object. For a framework that lets it wrap the sending of the
 response::
 
-    unit = Unit.enter(policy, label)
+    unit = Unit.enter(policy, request)
     error = None
     try:
         ...                         # run the application; on the way out:

@@ -139,7 +139,7 @@ def unit_label() -> str | None:
     unit: Unit | None = current.get()
     if unit is None or unit.joinable:
         return None
-    return unit.label() if unit.label is not None else "a unit of work"
+    return unit.label()
 
 
 class Turns:
@@ -224,7 +224,7 @@ class Place:
 def _hand_back(unit: Unit) -> None:
     """Leave the sessions that the test had put into the unit to the test."""
     for key, slot in list(unit.slots.items()):
-        if slot.foreign and slot.place is None:
+        if slot.here is None and slot.place is None:
             del unit.slots[key]
             slot.let_go()
 

@@ -281,7 +281,7 @@ async def helpers() -> None:
 
 
 async def adapter() -> None:
-    unit = Unit.enter(Policy(should_commit=lambda status: status < 300, before_commit=refuse), lambda: "POST /users")
+    unit = Unit.enter(Policy(should_commit=lambda status: status < 300, before_commit=refuse, label=str), "POST /users")
     assert_type(unit, Unit)
     assert_type(await unit.head(200), None)
     assert_type(await unit.end_of_body(), None)
@@ -289,7 +289,7 @@ async def adapter() -> None:
     unit.disconnected()
     assert_type(unit.phase, Phase)
     assert_type(unit.joined, bool)
-    assert_type(unit.runs_ahead, Callable[[], bool] | None)
+    assert_type(unit.runs_ahead, Callable[[Any], bool] | None)
     with hidden_unit() as hidden:
         assert_type(hidden, None)
     assert_type(await close_connects(plain, own, sqlmodel), None)
