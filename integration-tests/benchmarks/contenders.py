@@ -112,7 +112,7 @@ def asgi_seed(engine: AsyncEngine, work: Work | None) -> Any:
 _floor: ContextVar[Any] = ContextVar("floor")
 
 
-def asgi_floor(engine: AsyncEngine, work: Work | None) -> Any:
+def _floor_around(app: Any) -> Any:
     """The least that a middleware of this kind can do: a variable set and reset, the two messages looked at."""
 
     async def middleware(scope: Any, receive: Any, send: Any) -> None:
@@ -125,9 +125,23 @@ def asgi_floor(engine: AsyncEngine, work: Work | None) -> Any:
             await send(message)
 
         try:
-            await _asgi_bare(scope, receive, look)
+            await app(scope, receive, look)
         finally:
             _floor.reset(token)
+
+    return middleware
+
+
+def asgi_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """A minimal middleware."""
+    return _floor_around(_asgi_bare)
+
+
+def _passing_on(app: Any) -> Any:
+    """Middleware that only calls the next."""
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
 
     return middleware
 
@@ -153,12 +167,35 @@ def starlette_bare(engine: AsyncEngine, work: Work | None) -> Any:
     return _starlette()
 
 
+def starlette_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """A minimal middleware."""
+    app = _starlette()
+    app.add_middleware(_floor_around)
+    return app
+
+
+def starlette_no_op(engine: AsyncEngine, work: Work | None) -> Any:
+    """A middleware that only calls the next."""
+    app = _starlette()
+    app.add_middleware(_passing_on)
+    return app
+
+
 def starlette_ours(engine: AsyncEngine, work: Work | None) -> Any:
-    """`setup`: in two parts."""
+    """`setup`: in one part."""
     from context_sqla_starlette import setup
 
     db = connect_to(engine)
     app = _starlette(work, session_of(db, work))
+    setup(app)
+    return app
+
+
+def starlette_ours_two_parts(engine: AsyncEngine, work: Work | None) -> Any:
+    """`setup` of an application with middleware: in two parts."""
+    from context_sqla_starlette import setup
+
+    app = starlette_no_op(engine, work)
     setup(app)
     return app
 
@@ -220,6 +257,29 @@ def _fastapi(work: Work | None = None, session: Callable[[], Any] | None = None)
 def fastapi_bare(engine: AsyncEngine, work: Work | None) -> Any:
     """FastAPI alone."""
     return _fastapi()
+
+
+def fastapi_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """A minimal middleware."""
+    app = _fastapi()
+    app.add_middleware(_floor_around)
+    return app
+
+
+def fastapi_no_op(engine: AsyncEngine, work: Work | None) -> Any:
+    """A middleware that only calls the next."""
+    app = _fastapi()
+    app.add_middleware(_passing_on)
+    return app
+
+
+def fastapi_ours_two_parts(engine: AsyncEngine, work: Work | None) -> Any:
+    """`setup` of an application with middleware: in two parts."""
+    from context_sqla_fastapi import setup
+
+    app = fastapi_no_op(engine, work)
+    setup(app)
+    return app
 
 
 def fastapi_hand(engine: AsyncEngine, work: Work | None) -> Any:
@@ -371,14 +431,12 @@ def litestar_ours(engine: AsyncEngine, work: Work | None) -> Any:
 
 def litestar_no_op(engine: AsyncEngine, work: Work | None) -> Any:
     """A middleware that only calls the next."""
+    return _litestar(middleware=[_passing_on])
 
-    def pass_on(app: Any) -> Any:
-        async def middleware(scope: Any, receive: Any, send: Any) -> None:
-            await app(scope, receive, send)
 
-        return middleware
-
-    return _litestar(middleware=[pass_on])
+def litestar_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """A minimal middleware."""
+    return _litestar(middleware=[_floor_around])
 
 
 def litestar_advanced_alchemy(engine: AsyncEngine, work: Work | None) -> Any:
@@ -428,6 +486,13 @@ def quart_no_op(engine: AsyncEngine, work: Work | None) -> Any:
     async def pass_on(response: Any) -> Any:
         return response
 
+    return app
+
+
+def quart_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """A minimal middleware."""
+    app = _quart()
+    app.asgi_app = _floor_around(app.asgi_app)
     return app
 
 
@@ -516,6 +581,25 @@ def aiohttp_no_op(engine: AsyncEngine, work: Work | None) -> Any:
     return _aiohttp(pass_on)
 
 
+def aiohttp_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """A minimal middleware."""
+    from aiohttp import web
+
+    @web.middleware
+    async def floor(request: web.Request, handler: Any) -> web.StreamResponse:
+        sessions: dict[str, Any] = {}
+        token = _floor.set(sessions)
+        try:
+            answer: web.StreamResponse = await handler(request)
+            if sessions:
+                raise AssertionError
+            return answer
+        finally:
+            _floor.reset(token)
+
+    return _aiohttp(floor)
+
+
 def aiohttp_sqlalchemy(engine: AsyncEngine, work: Work | None) -> Any:
     """aiohttp-sqlalchemy's middleware."""
     import aiohttp_sqlalchemy as library
@@ -565,6 +649,23 @@ def sanic_no_op(engine: AsyncEngine, work: Work | None) -> Any:
     @app.on_response
     async def pass_on(request: Any, response: Any) -> None:
         return None
+
+    return app
+
+
+def sanic_floor(engine: AsyncEngine, work: Work | None) -> Any:
+    """The same as two middlewares, for Sanic has none around its handlers."""
+    app = _sanic("floor")
+
+    @app.on_request
+    async def begin(request: Any) -> None:
+        request.ctx.token = _floor.set({})
+
+    @app.on_response
+    async def end(request: Any, response: Any) -> None:
+        if _floor.get():
+            raise AssertionError
+        _floor.reset(request.ctx.token)
 
     return app
 
@@ -622,6 +723,9 @@ NO_DB: Mapping[str, Mapping[str, tuple[Make, str | None]]] = {
     "starlette": {
         BARE: (starlette_bare, None),
         OURS: (starlette_ours, None),
+        "floor: a minimal middleware": (starlette_floor, None),
+        "a middleware that does nothing": (starlette_no_op, None),
+        "context-sqla, and that middleware": (starlette_ours_two_parts, None),
         "context-sqla, the class": (starlette_ours_one_part, None),
         "context-async-sqlalchemy": (starlette_seed, "context_async_sqlalchemy"),
         "context-async-sqlalchemy, its ASGI class": (starlette_seed_asgi, "context_async_sqlalchemy"),
@@ -630,6 +734,9 @@ NO_DB: Mapping[str, Mapping[str, tuple[Make, str | None]]] = {
     "fastapi": {
         BARE: (fastapi_bare, None),
         OURS: (fastapi_ours, None),
+        "floor: a minimal middleware": (fastapi_floor, None),
+        "a middleware that does nothing": (fastapi_no_op, None),
+        "context-sqla, and that middleware": (fastapi_ours_two_parts, None),
         "Depends(yield)": (fastapi_depends, None),
         "context-async-sqlalchemy": (fastapi_seed, "context_async_sqlalchemy"),
         "context-async-sqlalchemy, its ASGI class": (fastapi_seed_asgi, "context_async_sqlalchemy"),
@@ -640,12 +747,14 @@ NO_DB: Mapping[str, Mapping[str, tuple[Make, str | None]]] = {
     "litestar": {
         BARE: (litestar_bare, None),
         OURS: (litestar_ours, None),
+        "floor: a minimal middleware": (litestar_floor, None),
         "a middleware that does nothing": (litestar_no_op, None),
         "advanced-alchemy": (litestar_advanced_alchemy, "advanced_alchemy"),
     },
     "quart": {
         BARE: (quart_bare, None),
         OURS: (quart_ours, None),
+        "floor: a minimal middleware": (quart_floor, None),
         "a function that does nothing": (quart_no_op, None),
     },
     "falcon": {
@@ -656,12 +765,14 @@ NO_DB: Mapping[str, Mapping[str, tuple[Make, str | None]]] = {
     "aiohttp": {
         BARE: (aiohttp_bare, None),
         OURS: (aiohttp_ours, None),
+        "floor: a minimal middleware": (aiohttp_floor, None),
         "a middleware that does nothing": (aiohttp_no_op, None),
         "aiohttp-sqlalchemy": (aiohttp_sqlalchemy, "aiohttp_sqlalchemy"),
     },
     "sanic": {
         BARE: (sanic_bare, None),
         OURS: (sanic_ours, None),
+        "floor: a minimal middleware": (sanic_floor, None),
         "a middleware that does nothing": (sanic_no_op, None),
     },
 }
