@@ -60,11 +60,8 @@ def setup(
     if issubclass(base, UnitRequest):
         raise SetupError("the application is set up already: call setup(app, ...) once, with all its connects")
     kind: Any = type(app)
-    space: dict[str, Any] = {
-        "__slots__": _SLOTS,
-        "__doc__": UnitRequest.__doc__,
-        "policy": Policy(should_commit, before_commit, _label),
-    }
+    space: dict[str, Any] = {"__slots__": _SLOTS, "__doc__": UnitRequest.__doc__}
+    space |= {"policy": Policy(should_commit, before_commit, _label)}
     space |= {"put_route": base.route.__set__, "route": property(base.route.__get__, UnitRequest.begin)}
     app.request_class = type("UnitRequest", (UnitRequest, base), space)
     # The class that serves is sent to the workers: it is one that they can import.
@@ -189,8 +186,7 @@ class UnitSanic(Sanic[Any, Any]):
 
 
 def _label(request: Request[Any, Any]) -> str:
-    template = request.uri_template or request.path
-    return f"{request.method} {_PARAMETER.sub(_BRACED, template)}"
+    return f"{request.method} {_PARAMETER.sub(_BRACED, request.uri_template or request.path)}"
 
 
 async def _hide(hidden: ExitStack, app: "Sanic[Any, Any]") -> None:
