@@ -453,9 +453,7 @@ async def test_task_of_the_request_is_told_from_those_that_it_starts(ledger, ser
     seen = []
 
     def outer(app):
-        part = ASGIHTTPDBSessionMiddleware(app)
-        part.runs_ahead = lambda unit: not unit.is_at_mark()
-        return part
+        return ASGIHTTPDBSessionMiddleware(app, runs_ahead=lambda unit: not unit.is_at_mark())
 
     async def app(scope, receive, send):
         unit = scope[SCOPE_KEY].unit

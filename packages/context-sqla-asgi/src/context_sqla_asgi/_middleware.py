@@ -69,10 +69,10 @@ class ASGIHTTPDBSessionMiddleware:
         app: the application.
         before_commit: awaited before each session's commit; refuses it by raising.
         should_commit: takes the status; replaces the rule "below 400 commits".
+        runs_ahead: for adapters, as for `Unit.enter`.
 
     Attributes:
         lifespan: what runs in a lifespan scope: the application, unless an adapter puts something around it.
-        runs_ahead: as for `Unit.enter`. For adapters to set.
         answer: may answer, through the wire, an exception that escapes before any head; returns whether it did. The exception
             then counts as handled. For adapters to replace.
     """
@@ -80,18 +80,23 @@ class ASGIHTTPDBSessionMiddleware:
     answer: ClassVar["staticmethod[[Exception, Scope, Wire], Awaitable[bool]]"] = staticmethod(_answer_unavailable)
 
     def __init__(
-        self, app: ASGIApp, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
+        self,
+        app: ASGIApp,
+        before_commit: BeforeCommitCallback | None = None,
+        *,
+        should_commit: Rule | None = None,
+        runs_ahead: Callable[[Unit], bool] | None = None,
     ) -> None:
         self.app: ASGIApp = app
         self.lifespan: ASGIApp = app
-        self.runs_ahead: Callable[[Unit], bool] | None = None
+        self._runs_ahead = runs_ahead
         self._policy = Policy(should_commit, before_commit, request_label)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or SCOPE_KEY in scope:
             await self._pass(scope, receive, send)
             return
-        unit = _enter(self._policy, scope, self.runs_ahead)
+        unit = _enter(self._policy, scope, self._runs_ahead)
         wire = scope[SCOPE_KEY] = Wire(unit, scope.get("app"), receive, send)
         error: BaseException | None = None
         try:
@@ -116,8 +121,8 @@ class ASGIHTTPDBSessionMiddleware:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         wire: Wire | None = scope.get(SCOPE_KEY)
-        if wire is not None and self.runs_ahead is not None:  # a mounted application of another framework
-            wire.unit.runs_ahead = self.runs_ahead
+        if wire is not None and self._runs_ahead is not None:  # a mounted application of another framework
+            wire.unit.runs_ahead = self._runs_ahead
             wire.unit.mark(scope)
         with nullcontext() if scope["type"] == "http" else hidden_unit():
             await (self.lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)

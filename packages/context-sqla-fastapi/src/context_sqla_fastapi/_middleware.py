@@ -40,14 +40,8 @@ def setup(
         SetupError: the application has started, or is set up already.
         TypeError: one of the connects is no `DBConnect`.
     """
-    outer = partial(_outer, before_commit=before_commit, should_commit=should_commit)
+    outer = partial(OuterPart, before_commit=before_commit, should_commit=should_commit, runs_ahead=_runs_ahead)
     install(app, *connects, outer=outer, unavailable=_unavailable)
-
-
-def _outer(app: ASGIApp, **options: Any) -> OuterPart:
-    part = OuterPart(app, **options)
-    part.runs_ahead = _runs_ahead
-    return part
 
 
 def add_fastapi_http_db_session_middleware(
@@ -124,8 +118,7 @@ class FastAPIHTTPDBSessionMiddleware(StarletteHTTPDBSessionMiddleware):
     def __init__(
         self, app: ASGIApp, before_commit: BeforeCommitCallback | None = None, *, should_commit: Rule | None = None
     ) -> None:
-        super().__init__(app, before_commit, should_commit=should_commit)
-        self.runs_ahead = _runs_ahead
+        super().__init__(app, before_commit, should_commit=should_commit, runs_ahead=_runs_ahead)
 
 
 async def _unavailable(request: Request, exc: Exception) -> Response:
