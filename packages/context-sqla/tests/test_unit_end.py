@@ -368,8 +368,7 @@ async def test_context_that_outlives_its_request_keeps_nothing_of_it(db):
     async def respond():
         request = Request()
         unit = Unit.enter(Policy(label=lambda request: request.path), request)
-        unit.runs_ahead = lambda unit: request is None
-        unit.mark(request)
+        unit.mark(request, lambda unit: request is None)
         kept = contextvars.copy_context()
         await insert(db, "a")
         await unit.head(200)

@@ -120,10 +120,8 @@ class ASGIHTTPDBSessionMiddleware:
                 await closing
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire: Wire | None = scope.get(SCOPE_KEY)
-        if wire is not None and self._runs_ahead is not None:  # a mounted application of another framework
-            wire.unit.runs_ahead = self._runs_ahead
-            wire.unit.mark(scope)
+        if self._runs_ahead is not None and (wire := scope.get(SCOPE_KEY)) is not None:
+            wire.unit.mark(scope, self._runs_ahead)  # an application that is mounted in one of another framework
         with nullcontext() if scope["type"] == "http" else hidden_unit():
             await (self.lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
 
@@ -152,7 +150,7 @@ class CommitPoint:
             await self.app(scope, receive, send)
             return
         if outer.unit.runs_ahead is not None:
-            outer.unit.mark(scope)
+            outer.unit.mark(scope, outer.unit.runs_ahead)
         wire = scope[SCOPE_KEY] = Wire(outer.unit, scope.get("app"), receive, send)
         try:
             try:

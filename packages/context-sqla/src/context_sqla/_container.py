@@ -87,13 +87,14 @@ class Container:
         name = self.policy.label
         return "a unit of work" if name is None or self.request is None else name(self.request)
 
-    def mark(self, request: Any) -> None:
+    def mark(self, request: Any, runs_ahead: RunsAhead) -> None:
         """Note that the task that handles the request is this one, where middleware may have started it (P5).
 
         Args:
             request: what the unit is opened for, as it is known here.
+            runs_ahead: as for `Unit.enter`.
         """
-        self.request = request
+        self.request, self.runs_ahead = request, runs_ahead
         self._mark = current.set(self)
 
     def is_at_mark(self) -> bool:
