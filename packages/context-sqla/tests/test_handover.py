@@ -9,6 +9,7 @@ from context_sqla import (
     ContextClosedError,
     DBConnect,
     SessionBusyError,
+    close_all_sessions,
     close_db_session,
     committed_connects,
     db_context,
@@ -16,6 +17,7 @@ from context_sqla import (
     is_in_doubt,
     on_commit,
     pop_db_session_from_context,
+    rollback_all_sessions,
     rollback_db_session,
 )
 from context_sqla._handover import BEGIN, Left, drive, go_on
@@ -268,7 +270,15 @@ async def pop(connect):
     return pop_db_session_from_context(connect)
 
 
-@pytest.mark.parametrize("end", [rollback_db_session, close_db_session, pop])
+async def roll_all_back(connect):
+    await rollback_all_sessions()
+
+
+async def close_all(connect):
+    await close_all_sessions()
+
+
+@pytest.mark.parametrize("end", [rollback_db_session, close_db_session, pop, roll_all_back, close_all])
 async def test_nobody_ends_a_session_under_its_commit(db, end):
     """A task that was left behind is told; the commit goes on, and its connection comes back (P7a)."""
     telling, go_on = asyncio.Event(), asyncio.Event()

@@ -84,8 +84,7 @@ class Container:
 
     def label(self) -> str:
         """Return what log lines call the unit."""
-        name = self.policy.label
-        return "a unit of work" if name is None or self.request is None else name(self.request)
+        return self.policy.label(self.request) if self.policy.label and self.request is not None else "a unit of work"
 
     def mark(self, request: Any, runs_ahead: RunsAhead) -> None:
         """Note that the task that handles the request is this one, where middleware may have started it (P5).

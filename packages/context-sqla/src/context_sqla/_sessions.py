@@ -322,8 +322,11 @@ async def rollback_all_sessions() -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits one of them at this moment.
     """
-    await _unit(None)._decide(False)
+    for slot in (unit := _unit(None)).slots.values():
+        slot.check_not_committing()
+    await unit._decide(False)
 
 
 async def close_all_sessions() -> None:
@@ -331,8 +334,11 @@ async def close_all_sessions() -> None:
 
     Raises:
         ContextNotInitiatedError: called outside every unit of work.
+        SessionBusyError: another task commits one of them at this moment.
     """
-    await _unit(None)._end_slots()
+    for slot in (unit := _unit(None)).slots.values():
+        slot.check_not_committing()
+    await unit._end_slots()
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:
