@@ -231,6 +231,58 @@ async def test_last_handler_answers_a_failed_commit(app, client_of, key):
     ]
 
 
+@pytest.mark.parametrize("handlers", [{500}, {Exception}, {IntegrityError}, {IntegrityError, 500}])
+async def test_handlers_are_asked_once_about_a_failed_commit(app, client_of, handlers):
+    """By the one that answers, as for an error of the endpoint, whether the unit has one part or two (P4b)."""
+    seen = []
+
+    def answer(request, exc):
+        seen.append(type(exc).__name__)
+        return PlainTextResponse("no", 409)
+
+    for key in handlers:
+        app.add_exception_handler(key, answer)
+    client = await client_of(app)
+
+    response = await client.get("/orphan")
+
+    assert response.status_code == 409
+    assert seen in (["IntegrityError"], ["ExceptionGroup"])  # a group: old BaseHTTPMiddleware
+
+
+async def test_answer_whose_own_commit_fails_is_a_500(app, client_of, ledger):
+    """No client is left without an answer (P4)."""
+
+    async def handler(request, exc):
+        await ledger.write_orphan("b")
+        return PlainTextResponse("ok")
+
+    app.add_exception_handler(IntegrityError, handler)
+    client = await client_of(app)
+
+    response = await client.get("/orphan")
+
+    assert (response.status_code, response.text) == (500, "Internal Server Error")
+    assert ledger.names() == ""
+
+
+async def test_last_handler_sees_why_a_body_failed(app, messages_of):
+    """It is given the error of the commit, not what Starlette makes of one that has a handler (P4b)."""
+    seen = []
+
+    def note(request, exc):
+        seen.append(type(exc).__name__)
+        return PlainTextResponse("never sent", 500)
+
+    app.add_exception_handler(IntegrityError, conflict)
+    app.add_exception_handler(500, note)
+
+    with pytest.raises((IntegrityError, ExceptionGroup)):
+        await messages_of(app, "/orphan_stream")
+
+    assert seen in (["IntegrityError"], ["ExceptionGroup"])  # a group: old BaseHTTPMiddleware
+
+
 async def test_failed_commit_reaches_the_server(app, messages_of):
     """Servers log what was raised: the original error (P4)."""
     log = []
