@@ -25,9 +25,10 @@ def setup(
 ) -> None:
     """Give each HTTP request of the application a unit of work, and close the connects at its shutdown (P3, P4, P5, P6).
 
-    Call it before or after other middleware is added: its parts are placed when the application builds its stack, the one that
-    opens the unit outside everything, the one that commits inside all middleware. The application's exception handlers answer
-    errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application has no handler for it.
+    Call it before or after middleware and handlers are added: its parts are placed when the application builds its stack, the
+    one that opens the unit outside all of them, the one that commits inside all middleware. The application's exception handlers
+    answer errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application has no handler
+    for it.
 
     Args:
         app: the application, not started yet. One that is mounted in another is set up by itself, without connects, if its own

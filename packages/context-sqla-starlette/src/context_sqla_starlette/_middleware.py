@@ -33,9 +33,10 @@ def setup(
 ) -> None:
     """Give each HTTP request of the application a unit of work, and close the connects at its shutdown (P3, P4, P5, P6).
 
-    Call it before or after other middleware is added: its parts are placed when the application builds its stack, the one that
-    opens the unit outside everything, the one that commits inside all middleware. The application's exception handlers answer
-    errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application has no handler for it.
+    Call it before or after middleware and handlers are added: its parts are placed when the application builds its stack, the
+    one that opens the unit outside all of them, the one that commits inside all middleware. The application's exception handlers
+    answer errors of the commit (P4b). `UnavailableError` is answered 503 with `Retry-After` if the application has no handler
+    for it.
 
     Args:
         app: the application, not started yet. One that is mounted in another is set up by itself, without connects, if its own
@@ -184,7 +185,11 @@ class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
 
 
 class OuterPart(ASGIHTTPDBSessionMiddleware):
-    """Open the unit, outside everything that Starlette builds; decide about the heads that no `InnerPart` has seen."""
+    """Open the unit, and decide about the heads that no `InnerPart` has seen.
+
+    It stands outside everything that Starlette builds or, where one part is enough, in the place of the inner one: an error of
+    the commit must not pass by Starlette's own handling of errors, which would ask the handlers first, and in vain.
+    """
 
     answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_outermost)
 
@@ -225,13 +230,14 @@ def install(
     def build_middleware_stack() -> ASGIApp:
         if not any(cls in app.exception_handlers for cls in _ANSWERED):
             app.exception_handlers[UnavailableError] = unavailable
-        if not app.user_middleware:  # nothing that could buffer a response, or answer an error, would come between the parts
-            return _Outermost(outer(build()))
-        app.user_middleware.append(Middleware(InnerPart))
+        # One is enough where nothing of the application's own stands around it that could ask for a session.
+        alone = not app.user_middleware and app.exception_handlers.keys().isdisjoint((500, Exception))
+        app.user_middleware.append(Middleware(outer if alone else InnerPart))
         try:
-            return _Outermost(outer(build()))
+            stack = build()
         finally:
             app.user_middleware.pop()
+        return stack if alone else _Outermost(outer(stack))
 
     app.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]
 
