@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import gc
+import weakref
 from typing import Annotated
 
 import fastapi
@@ -19,6 +21,7 @@ from context_sqla_fastapi import (
 )
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request
 from fastapi.middleware import Middleware
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
@@ -245,6 +248,35 @@ async def test_dependency_sees_the_failed_commit(ledger, client_of):
 
     assert response.status_code == 500
     assert seen == [IntegrityError]
+
+
+@pytest.mark.parametrize("middleware", [False, True], ids=["one part", "two parts"])
+@pytest.mark.parametrize("path", ["/nothing", "/write"])
+async def test_request_leaves_no_cycle(ledger, messages_of, middleware, path):
+    """A request without an error is freed by reference counting alone, unit and all."""
+    app = FastAPI()
+    units = []
+
+    @app.get("/nothing")
+    async def nothing(request: Request):
+        units.append(weakref.ref(request.scope[SCOPE_KEY].unit))
+
+    @app.get("/write")
+    async def write(request: Request):
+        await ledger.write("a")
+        units.append(weakref.ref(request.scope[SCOPE_KEY].unit))
+
+    setup(app, ledger.db)
+    if middleware:
+        app.add_middleware(CORSMiddleware)
+    await messages_of(app, path)
+
+    gc.disable()
+    try:
+        await asyncio.create_task(messages_of(app, path))
+        assert units[1]() is None
+    finally:
+        gc.enable()
 
 
 def generator():

@@ -97,6 +97,25 @@ async def test_generator_endpoint_commits_at_its_end(streaming, ledger, messages
     assert all("event" not in message.split("[")[1] for message in log[:-1])
 
 
+async def test_mounted_application_may_have_middleware_that_asks(streaming, ledger, messages_of):
+    """What it is told of the route, which is the mount as yet, is not the last word on who runs ahead (P5)."""
+
+    class Asks:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            await ledger.session()
+            await self.app(scope, receive, send)
+
+    streaming.add_middleware(Asks)
+
+    log = await asyncio.wait_for(messages_of(mounted(streaming), "/events"), 30)
+
+    assert log[0] == "start 200 [dependency]"
+    assert log[-1] == "body  [dependency event0 event1]"
+
+
 @pytest.mark.parametrize("path", ["/failing", "/orphan"])
 async def test_generator_endpoint_that_fails_is_never_complete(streaming, ledger, messages_of, path):
     """It is rolled back, and broken off for the client (P5)."""
