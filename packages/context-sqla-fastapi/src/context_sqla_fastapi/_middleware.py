@@ -90,7 +90,8 @@ def _runs_ahead(unit: Unit) -> bool:
         is_generator = _is_generator.__wrapped__(endpoint)
     if is_generator:
         return not unit.is_at_mark()
-    if "route" in unit.request:  # its endpoint is known, and no other one will follow: nobody needs to ask again
+    # The endpoint of the route itself, which that of a mount is not: no other one will follow, and nobody needs to ask again.
+    if endpoint is not None and getattr(unit.request.get("route"), "endpoint", None) is endpoint:
         unit.runs_ahead = None
     return False
 

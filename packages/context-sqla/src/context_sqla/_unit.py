@@ -369,10 +369,11 @@ class Unit(Container):
 
     def _leave(self) -> None:
         self.phase = CLOSED
-        # A transport keeps the context in which it was opened, and so the unit, for the life of a pooled connection.
-        self.request = self.runs_ahead = None
+        # A transport keeps the context in which it was opened, and so the unit, for the life of a pooled connection; and a mark
+        # keeps its context, which would be a cycle.
+        self.request = self.runs_ahead = self._mark = None
         if self.used:
-            self._broken = self._cleaning = self._on_commit = self._waiting = self._producers = self._mark = None
+            self._broken = self._cleaning = self._on_commit = self._waiting = self._producers = None
         if self._ends_with is not None:
             self._ends_with.remove_done_callback(self._close_after)
             self._ends_with = None
