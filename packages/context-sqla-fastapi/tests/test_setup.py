@@ -8,7 +8,7 @@ from typing import Annotated
 
 import fastapi
 import pytest
-from context_sqla import UnavailableError, db_session
+from context_sqla import UnavailableError, db_context, db_session
 from context_sqla.adapters import AsyncSession
 from context_sqla.errors import SetupError
 from context_sqla_asgi import SCOPE_KEY
@@ -248,6 +248,37 @@ async def test_dependency_sees_the_failed_commit(ledger, client_of):
 
     assert response.status_code == 500
     assert seen == [IntegrityError]
+
+
+async def test_middleware_may_open_a_unit_around_the_application(ledger, client_of):
+    """The application works in it, and so does the middleware afterwards (P11)."""
+    app = FastAPI()
+    sessions = []
+
+    class Opens:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            async with db_context():
+                sessions.append(await ledger.session())
+                await self.app(scope, receive, send)
+                sessions.append(await ledger.session())
+                await ledger.write("after")
+
+    @app.get("/")
+    async def endpoint():
+        sessions.append(await ledger.session())
+        await ledger.write("endpoint")
+
+    setup(app, ledger.db)
+    app.add_middleware(Opens)
+    client = await client_of(app)
+
+    await client.get("/")
+
+    assert sessions == [sessions[0]] * 3
+    assert ledger.names() == "after endpoint"
 
 
 @pytest.mark.parametrize("middleware", [False, True], ids=["one part", "two parts"])

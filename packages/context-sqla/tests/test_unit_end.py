@@ -357,6 +357,20 @@ async def test_task_that_serves_many_requests_keeps_none_of_their_units(db):
     assert await names(db) == ["a", "b"]
 
 
+async def test_mark_leaves_a_unit_inside_alone(db):
+    """Middleware may have opened one around the rest of the application: code inside stays in it (P11)."""
+    unit = Unit.enter()
+    async with db_context():
+        own = await db_session(db)
+        unit.mark(None, Unit.is_at_mark)
+        inside = await db_session(db)
+    outside = unit.is_at_mark()
+    await unit.close()
+
+    assert inside is own
+    assert outside
+
+
 async def test_context_that_outlives_its_request_keeps_nothing_of_it(db):
     """A pooled connection keeps the context in which it was opened, as every transport does: not the request with it."""
 
