@@ -94,7 +94,8 @@ class Container:
             runs_ahead: as for `Unit.enter`.
         """
         self.request, self.runs_ahead = request, runs_ahead
-        self._mark = current.set(self)
+        # P11: where middleware has opened a unit around the rest of the application, that one stays the current one.
+        self._mark = current.set(self) if current.get() is self else self._mark
 
     def is_at_mark(self) -> bool:
         """Return whether this runs in the task that handles the request, and in none that was started by it."""
