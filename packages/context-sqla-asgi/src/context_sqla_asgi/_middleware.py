@@ -114,7 +114,7 @@ class ASGIHTTPDBSessionMiddleware:
                 raise
             error = None
         finally:
-            scope.pop(SCOPE_KEY, None)  # or each request is a cycle: scope, wire, unit, label, scope
+            scope.pop(SCOPE_KEY, None)  # or each request is a cycle: scope, wire, unit, scope
             error, closing = None, unit.close(error)  # and each failed one: error, traceback, this frame, error
             if closing is not NOTHING:
                 await closing

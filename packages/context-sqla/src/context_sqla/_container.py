@@ -98,7 +98,7 @@ class Container:
         self._mark = current.set(self) if current.get() is self else self._mark
 
     def is_at_mark(self) -> bool:
-        """Return whether this runs in the task that handles the request, and in none that was started by it."""
+        """Return whether this runs in the task that handles the request, and in none that it has started: by the context."""
         mark = self._mark or self._token
         try:
             current.reset(mark)  # type: ignore[arg-type]  # only where it was set, which is in this very context
