@@ -52,7 +52,7 @@ def build(application: Application) -> Starlette:
             routes.append(StarletteRoute(route.path, endpoint(route.handler), methods=list(route.methods)))
         else:
             routes.append(WebSocketRoute(route.path, socket_endpoint(route.handler)))
-    # With middleware of its own the application is set up in two parts, as FastAPI's, which has none, is in one.
+    # With middleware of its own the application is set up in two parts, as FastAPI's, which has none, is in one unless it has a handler of 500 or Exception.
     app = Starlette(routes=routes, lifespan=lifespan(application), middleware=[Middleware(_Idle)])
     finish(app, application, setup)
     return app

@@ -1,6 +1,7 @@
 """What `setup` places where, and what it keeps."""
 
 import asyncio
+import inspect
 from contextlib import asynccontextmanager
 
 import pytest
@@ -495,6 +496,26 @@ async def test_error_of_the_last_handler_reaches_the_server(routes, ledger, mess
 
     with pytest.raises(KeyError):
         await messages_of(app, "/crash")
+
+
+@pytest.mark.skipif("max_body_size" not in inspect.signature(Starlette).parameters, reason="this Starlette has no such limit")
+@pytest.mark.parametrize("middleware", [[], [Middleware(PassOn)]], ids=["one part", "two parts"])
+@pytest.mark.parametrize(("size", "status", "rows"), [(8, 200, "a"), (9, 413, "")])
+async def test_request_that_is_too_large_writes_nothing(ledger, client_of, middleware, size, status, rows):
+    """Starlette answers 413 in the place of an endpoint that does not read the body, and answers 200 (P3)."""
+
+    async def endpoint(request):
+        await ledger.write("a")
+        return PlainTextResponse("ok")
+
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])], middleware=middleware, max_body_size=8)
+    setup(app, ledger.db)
+    client = await client_of(app)
+
+    response = await client.post("/", content=b"x" * size)
+
+    assert response.status_code == status
+    assert ledger.names() == rows
 
 
 async def test_unavailable_database_is_503(app, client_of):

@@ -120,8 +120,9 @@ class ASGIHTTPDBSessionMiddleware:
                 await closing
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Mounted in an application of a framework that knows of no such bodies.
         if self._runs_ahead is not None and (wire := scope.get(SCOPE_KEY)) is not None:
-            wire.unit.mark(scope, self._runs_ahead)  # an application that is mounted in one of another framework
+            wire.unit.mark(scope, self._runs_ahead)
         with nullcontext() if scope["type"] == "http" else hidden_unit():
             await (self.lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
 

@@ -11,6 +11,7 @@ from context_sqla.adapters import BeforeCommitCallback, Policy, Unit, check_conn
 from context_sqla.errors import ContextSqlaError, SetupError, UnavailableError
 from context_sqla_asgi import SCOPE_KEY, ASGIHTTPDBSessionMiddleware, CommitPoint, Rule, Wire, closing, request_label
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -21,6 +22,8 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 # A handler for one of these is the application's own answer; one for every Exception is not.
 _ANSWERED = [cls for cls in UnavailableError.__mro__ if issubclass(cls, ContextSqlaError)]
+
+_LIMIT = "starlette.max_body_size"  # in the scope, inside of what holds the limit
 
 _ready: WeakSet[Starlette] = WeakSet()
 
@@ -195,9 +198,23 @@ class OuterPart(ASGIHTTPDBSessionMiddleware):
 
 
 class InnerPart(CommitPoint):
-    """Decide about the unit inside all middleware; the application's handlers answer errors of the commit."""
+    """Decide about the unit inside all middleware; the application's handlers answer errors of the commit.
+
+    Of a request that is too large Starlette itself, further out, makes a 413 whatever is answered: the outer part sees that (P3).
+    """
 
     answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_commit_error)
+
+    # Not async: the other's coroutine is all that is needed, in every request.
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+        app: Any = self.app if _LIMIT in scope and _is_too_large(scope) else super().__call__
+        passing: Coroutine[Any, Any, None] = app(scope, receive, send)
+        return passing
+
+
+def _is_too_large(scope: Scope) -> bool:
+    length = Headers(scope=scope).get("content-length", "")
+    return length.isdigit() and int(length) > scope[_LIMIT]
 
 
 def install(
@@ -230,8 +247,9 @@ def install(
     def build_middleware_stack() -> ASGIApp:
         if not any(cls in app.exception_handlers for cls in _ANSWERED):
             app.exception_handlers[UnavailableError] = unavailable
-        # One is enough where nothing of the application's own stands around it that could ask for a session.
+        # One is enough where nothing stands around it that could ask for a session, or make another answer of one.
         alone = not app.user_middleware and app.exception_handlers.keys().isdisjoint((500, Exception))
+        alone = alone and getattr(app, "max_body_size", None) is None
         app.user_middleware.append(Middleware(outer if alone else InnerPart))
         try:
             stack = build()

@@ -24,7 +24,7 @@ class _Awaited:
         self._future = future
         self._is_protected = is_protected
         self._asyncio_future_blocking = True  # by this a task knows what it can wait for
-        self.get_loop = future.get_loop  # for which it asks
+        self.get_loop = future.get_loop  # a task asks for it
 
     def add_done_callback(self, wake: Callable[[Any], object], *, context: Context | None = None) -> None:
         self._wake, self._context = wake, context

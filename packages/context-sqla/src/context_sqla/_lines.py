@@ -25,7 +25,7 @@ class Lines:
 
     def __init__(self) -> None:
         self._all: list[tuple[Connection, Line]] = []
-        self.whole: bool = True  # there is no other one, which cannot be asked
+        self.whole: bool = True  # all are noted: none was begun before, none is of an engine that is not watched
 
     def __bool__(self) -> bool:
         return bool(self._all)

@@ -49,7 +49,7 @@ class Slot(Timed):
         self.callbacks: Callbacks = Callbacks()
         self._due: list[Callback] = []
         self.committed: bool = False  # and who waited for it was not told yet
-        self.here: LoopState | None = None  # that of the loop in which it was made for a unit, and not put into one by hand
+        self.here: LoopState | None = None  # where it was made for a unit; None: put into one by hand
         self._limit: float | None = None
         self._held: asyncio.TimerHandle | None = None
         self.place: Place | None = None  # in the transaction of a test
@@ -316,7 +316,7 @@ class Slot(Timed):
         return type(self.sync).get_bind(self.sync, *args, **kwargs)
 
     def check_not_committing(self) -> None:
-        """Raise if another task commits this session: to end it or take it now would leave the COMMIT alone (P7a)."""
+        """Raise if another task commits this session: to end or take it now would leave nobody to wait for the COMMIT (P7a)."""
         if self._owner is not None and asyncio.current_task() is not self._owner:
             raise self._busy_error()
 

@@ -89,7 +89,7 @@ def is_in_doubt(exc: BaseException) -> bool:
 
 
 def committed_connects(exc: BaseException) -> tuple[str, ...]:
-    """Return the names of the connects that had already committed when this error ended their unit (P9).
+    """Return the names of the connects that the commit had committed which this error ended (P9).
 
     All of them where a cancellation came after the commit, while what waited for it was running (P7).
     """
