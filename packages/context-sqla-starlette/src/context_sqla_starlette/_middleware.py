@@ -182,6 +182,7 @@ class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         app: the application.
         before_commit: awaited before each session's commit; refuses it by raising.
         should_commit: takes the status; replaces the rule "below 400 commits".
+        runs_ahead: for adapters, as for `Unit.enter`.
     """
 
     answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_unhandled)
@@ -206,7 +207,7 @@ class InnerPart(CommitPoint):
     answer: "ClassVar[staticmethod[[Exception, Scope, Wire], Awaitable[bool]]]" = staticmethod(_answer_commit_error)
 
     # Not async: the other's coroutine is all that is needed, in every request.
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         app: Any = self.app if _LIMIT in scope and _is_too_large(scope) else super().__call__
         passing: Coroutine[Any, Any, None] = app(scope, receive, send)
         return passing
