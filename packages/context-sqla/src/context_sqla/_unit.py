@@ -289,7 +289,7 @@ class Unit(Container):
             await _commit.roll_back(slots)
             return
         done: list[Slot] = []
-        self._last_task = asyncio.current_task() if final else None
+        self._last_task = asyncio.current_task(self.loop) if final else None
         try:
             await self._commit(slots, done, keep=keep)
         except BaseException as exc:
