@@ -105,9 +105,11 @@ class Server:
         self.traces.cancelled.add(request)
         task.cancel()
         if again is not None:
+            which = weakref.ref(task)
+            del task, running  # when the server is stopped meanwhile, the error keeps this frame, and would keep their units
             await asyncio.sleep(again)
-            if self.traces.tasks.get(task) == request:
-                task.cancel()
+            if (left := which()) is not None and self.traces.tasks.get(left) == request:
+                left.cancel()
         return request
 
     async def do_exhaust(self, seconds: float) -> None:
