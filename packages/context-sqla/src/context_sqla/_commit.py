@@ -15,7 +15,6 @@ from ._settle import logger, settle
 from ._slot import Slot
 from .errors import ContextSqlaError, SessionBusyError, _outcome_of
 
-_SHARED = ("another operation is in progress", "concurrent operations are not permitted", "Session is already flushing")
 _ENDED = f"this session's unit of work has ended; {REMEDY}"
 _BACKEND = text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid")
 
@@ -297,7 +296,7 @@ _REMEDY = (
 
 
 def explain(exc: BaseException) -> None:
-    """Add the remedy to SQLAlchemy's and asyncpg's complaints about two statements at once on one session (P2).
+    """Add the remedy to SQLAlchemy's complaints about two statements at once on one session (P2).
 
     `Unit.close` does it for the exception that it is given; an adapter does it where the framework's handlers answer further in.
 
