@@ -148,6 +148,18 @@ _OF_ALL = {"block": _block, "head": _head, "end of body": _end_of_body, "backgro
 _OF_ONE = {"commit_db_session": _one_by_hand, "session.commit": _by_session}
 
 
+async def cancelled_once(work, waiting, go_on):
+    """Run work, cancel it when it waits, let it go on, and return what it was cancelled with."""
+    task = asyncio.create_task(work)
+    await asyncio.wait_for(waiting.wait(), 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("unit", "waits", "several"),
     [
@@ -173,16 +185,10 @@ async def test_cancellation_after_the_commit_names_what_is_committed(db, other, 
 
     if waits == "hook":
         connects[-1].committed.append(wait)
-    task = asyncio.create_task((_OF_ALL | _OF_ONE)[unit](write))
-    await asyncio.wait_for(waiting.wait(), 10)
-    task.cancel()
-    await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError) as caught:
-        await task
+    cancelled = await cancelled_once((_OF_ALL | _OF_ONE)[unit](write), waiting, go_on)
     connects[-1].committed.clear()
 
-    assert committed_connects(caught.value) == tuple(connect.name for connect in connects)
+    assert committed_connects(cancelled) == tuple(connect.name for connect in connects)
     assert [await names(connect) for connect in connects] == [["a"]] * len(connects)
     assert [connect.pool_status().checked_out for connect in connects] == [0] * len(connects)
 
@@ -646,16 +652,10 @@ async def test_cancellation_before_the_commit_of_what_a_hook_has_opened(db, othe
         await asyncio.wait_for(go_on.wait(), 10)
 
     db.committed.append(wait)
-    task = asyncio.create_task(work_that_a_hook_adds_to(db, other, ran))
-    await asyncio.wait_for(waiting.wait(), 10)
-    task.cancel()
-    await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError) as caught:
-        await task
+    cancelled = await cancelled_once(work_that_a_hook_adds_to(db, other, ran), waiting, go_on)
     db.committed.clear()
 
-    assert committed_connects(caught.value) == ("db",)
+    assert committed_connects(cancelled) == ("db",)
     assert (await names(db), await names(other), ran) == (["a"], [], [])
 
 
