@@ -3,7 +3,6 @@
 from context_sqla_asgi import Rule
 
 from ._middleware import (
-    InnerPart,
     OuterPart,
     StarletteHTTPDBSessionMiddleware,
     add_starlette_http_db_session_middleware,
@@ -13,7 +12,6 @@ from ._middleware import (
 )
 
 __all__ = [
-    "InnerPart",
     "OuterPart",
     "Rule",
     "StarletteHTTPDBSessionMiddleware",
