@@ -5,7 +5,7 @@ import contextlib
 import gc
 import importlib.util
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from context_sqla import (
     db_context,
     db_session,
     keep_transaction,
+    on_commit,
 )
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
@@ -766,6 +767,44 @@ async def test_client_gone_mid_stream_behind_middleware(serve, db, bench, ledger
     assert await ledger.names() == ["handler"]
 
 
+@pytest.mark.wire
+@MIDDLEWARE
+async def test_body_that_writes_when_its_client_has_left_is_rolled_back(serve, connect, bench, ledger, framework, middleware):
+    """What a body writes on its way out, after its client has left, is rolled back; background work follows it (P5, P6)."""
+    db = await connect("db", engine_options={"pool_size": 1})
+    late = []
+
+    async def work():
+        await asyncio.gather(insert(db, "work"))
+
+    async def body(request):
+        await insert(db, "body")
+        try:
+            yield b"first"
+            async for piece in _until_the_client_has_left(request, framework):
+                yield piece
+        finally:
+            late.append(await _in_spite_of_cancellation(insert(db, "late")))
+
+    async def handler(request):
+        await insert(db, "handler")
+        return Answer(200, stream=body(request), background=[work])
+
+    service = await serve(handler, middleware=_there(framework, middleware))
+    async with service.connect() as connection:
+        await connection.send("GET", "/")
+        await connection.head()
+        await connection.chunk()
+        connection.abort()
+    await until(lambda: late and bench.databases.checked_out() == 0)
+    if Feature.BACKGROUND not in framework.lacks:
+        await until(lambda: _has(ledger, "work"))
+    await service.stop()
+
+    committed = {"handler", "late"} if Feature.LATE_BODY in framework.lacks else {"handler"}
+    assert set(await ledger.names()) - {"work"} == committed
+
+
 # Holding nothing
 
 
@@ -1097,6 +1136,19 @@ async def _until_the_client_has_left(request: Any, framework: Any) -> AsyncItera
             await asyncio.sleep(0.001)
 
 
+async def _in_spite_of_cancellation(work: Coroutine[Any, Any, None]) -> BaseException | None:
+    """Do this to its end, however often it is cancelled meanwhile, and return its error: what shields itself does that."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    return task.exception()
+
+
+async def _has(ledger: Any, name: str) -> bool:
+    return name in await ledger.names()
+
+
 def _is_open(path: Path) -> bool:
     """Return whether anything in this process has the file open."""
     files = [one for one in gc.get_objects() if isinstance(one, io.FileIO)]
@@ -1367,4 +1419,48 @@ async def test_generator_endpoint_keeps_its_session(serve, db, ledger, framework
         await connection.rest()
 
     assert sessions[0] is sessions[1]
+    assert await ledger.names() == ["body", "handler"]
+
+
+@KINDS
+async def test_generator_endpoint_commits_by_hand(serve, db, ledger, framework, stack, kind):
+    """A commit by hand in the generator is that of its own session, before the head as well, and stays (P5, P17)."""
+
+    async def generate():
+        await insert(db, "body")
+        await commit_db_session(db)
+        yield "first"
+        await insert(db, "lost")
+        raise Broken
+
+    async with _generator_endpoint(kind, serve, db, generate, framework, stack) as service:
+        answer = await service.get()
+
+    assert (answer.status, answer.complete) == (200, Feature.STREAM_BROKEN_OFF in framework.lacks)
+    assert await ledger.names() == ["body", "handler"]
+
+
+@pytest.mark.wire
+@KINDS
+async def test_generator_endpoint_registers_for_its_own_commit(serve, db, ledger, framework, stack, kind):
+    """What the generator registers to run after the commit runs after its own, not after that before the head (P5, P14)."""
+    go_on = asyncio.Event()
+    ran = []
+
+    async def generate():
+        await insert(db, "body")
+        on_commit(lambda: ran.append("unit"))
+        on_commit(lambda: ran.append("session"), connect=db)
+        yield "first"
+        await go_on.wait()
+
+    async with _generator_endpoint(kind, serve, db, generate, framework, stack) as service, service.connect() as connection:
+        await connection.send("GET", "/")
+        await connection.head()
+        await connection.chunk()
+        before = list(ran)
+        go_on.set()
+        await connection.rest()
+
+    assert (before, sorted(ran)) == ([], ["session", "unit"])
     assert await ledger.names() == ["body", "handler"]

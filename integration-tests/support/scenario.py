@@ -24,6 +24,7 @@ class Feature(Enum):
     STREAM_BROKEN_OFF = "P5", "a stream that failed is broken off for the client"
     CONTENT_LENGTH_STREAM = "P5", "a stream with a declared length"
     DISCONNECT = "P5", "a body that waits learns that its client has left"
+    LATE_BODY = "P5", "what a body still writes when its client has left is told from background work"
     HANDLER_RUNS_ON = "P7", "the handler of a client that has left runs to its end"
     HANDSHAKE = "P11", "a websocket is known as one before its handshake"
     HIDDEN_HOOKS = "P12", "hooks at startup do not see the unit in which the server is started"

@@ -90,6 +90,10 @@ FRAMEWORKS: Mapping[str, Framework] = {
                 "the middleware stands outside the application, whose error handling is over by then: the error is raised from "
                 "`send`, where the application may catch it, and is the server's 500 otherwise"
             ),
+            Feature.LATE_BODY: (
+                "where a body runs in the request's own task, so does what follows it: if the last message never comes, what is "
+                "written after the client has left is committed; a body in a task of its own is told from it"
+            ),
             Feature.SYNC_HANDLERS: "an ASGI application is a coroutine function",
             Feature.GZIP: "bare ASGI has no such middleware",
             Feature.CORS: "bare ASGI has no such middleware",

@@ -1,6 +1,7 @@
 """aiohttp's own responses, handshakes and signals: what each of them means to the unit of work."""
 
 import asyncio
+import contextlib
 import zlib
 
 import pytest
@@ -9,6 +10,7 @@ from aiohttp.test_utils import make_mocked_request
 from context_sqla import ContextClosedError, ContextNotInitiatedError, db_session, is_context_initiated
 from context_sqla_aiohttp import db_session_middleware, setup
 from sqlalchemy.exc import IntegrityError
+from support.deadline import until
 
 
 @web.middleware
@@ -105,6 +107,41 @@ async def test_timeout_of_middleware_is_answered(ledger, client_of):
     client = await client_of(application(handler, limit))
 
     assert ((await client.get("/")).status, ledger.names()) == (503, "")
+
+
+# Streams
+
+
+async def test_handler_that_goes_on_when_its_client_has_left_commits_nothing(ledger):
+    """A handler that takes no notice of the error of its own writing has not finished its body (P5)."""
+    left = asyncio.Event()
+
+    async def handler(request):
+        await ledger.write("a")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"first")
+        await until(lambda: request.transport is None)
+        with contextlib.suppress(ConnectionResetError):
+            await response.write(b"more")
+        await ledger.write("b")
+        left.set()
+        return response
+
+    runner = web.AppRunner(application(handler))  # which does not cancel handlers, as the test server does
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        reader, writer = await asyncio.open_connection(*runner.addresses[0])
+        writer.write(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+        await asyncio.wait_for(reader.readuntil(b"first"), 10)
+        writer.transport.abort()
+        await asyncio.wait_for(left.wait(), 10)
+    finally:
+        await runner.cleanup()
+
+    assert ledger.names() == "a"
 
 
 # Files

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from context_sqla import db_context, run_in_new_ctx
+from context_sqla import db_context, db_session, run_in_new_ctx
 from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
 from sqlalchemy.exc import IntegrityError
 
@@ -282,6 +282,52 @@ async def test_client_that_leaves_in_the_middle_of_a_body_rolls_it_back(ledger, 
 
     assert log == ["start 200 [a]", "body 1+ [a]"]
     assert ledger.names() == "a c"
+
+
+async def test_body_in_a_task_of_its_own_is_told_from_what_follows(ledger, server):
+    """What such a body still writes when its client has left is rolled back, and the work that follows it is not (P5, P6)."""
+    wrote = asyncio.Event()
+
+    async def body(send):
+        await send(chunk(b"1"))
+        await server.gone.wait()
+        await ledger.write("b")
+        wrote.set()
+        await asyncio.Event().wait()
+
+    async def app(scope, receive, send):
+        await ledger.write("a")
+        await send(OK)
+        task = asyncio.create_task(body(send))
+        await asyncio.sleep(0)
+        server.gone.set()
+        await receive()
+        await wrote.wait()
+        task.cancel()
+        await asyncio.wait((task,))
+        await ledger.write("c")
+
+    log = await server.call(ASGIHTTPDBSessionMiddleware(app))
+
+    assert log == ["start 200 [a]", "body 1+ [a]"]
+    assert ledger.names() == "a c"
+
+
+async def test_unit_around_a_piece_stays_the_current_one(ledger, server):
+    """A piece that is sent inside of `db_context()` leaves that unit the current one (P11)."""
+    sessions = []
+
+    async def app(scope, receive, send):
+        await send(OK)
+        async with db_context():
+            sessions.append(await db_session(ledger.db))
+            await send(chunk(b"1"))
+            sessions.append(await db_session(ledger.db))
+        await send(END)
+
+    await server.call(ASGIHTTPDBSessionMiddleware(app))
+
+    assert sessions[0] is sessions[1]
 
 
 async def test_disconnect_before_the_head_changes_nothing(ledger, server):

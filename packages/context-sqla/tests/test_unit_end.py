@@ -12,6 +12,7 @@ import aiosqlite
 import pytest
 from context_sqla import (
     DBConnect,
+    close_all_sessions,
     commit_all_sessions,
     commit_db_session,
     committed_connects,
@@ -19,6 +20,8 @@ from context_sqla import (
     db_session,
     get_db_session_from_context,
     on_commit,
+    pop_db_session_from_context,
+    rollback_all_sessions,
     rollback_db_session,
     run_in_new_ctx,
 )
@@ -338,6 +341,123 @@ async def test_body_that_goes_on_after_its_client_left_is_rolled_back(db):
     await insert(db, "background")
     await unit.close()
 
+    assert await names(db) == ["background"]
+
+
+@pytest.mark.parametrize("seen", ["before", "after"])
+async def test_body_that_is_cancelled_late_writes_nothing(db, other, seen):
+    """What a body writes between its client's leaving and its own end is rolled back; background work is not (P5, P6)."""
+    ran = []
+    began, left, wrote = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def body():
+        if seen == "before":
+            unit.in_body()
+            await insert(db, "body")
+        began.set()
+        await left.wait()
+        unit.in_body()
+        await insert(db, "late")
+        await asyncio.gather(insert(other, "late"))
+        on_commit(lambda: ran.append("late"))
+        on_commit(lambda: ran.append("late"), connect=db)
+        wrote.set()
+        await asyncio.Event().wait()
+
+    unit = Unit.enter()
+    await insert(db, "handler")
+    await unit.head(200)
+    task = asyncio.create_task(body())
+    await began.wait()
+    unit.disconnected()
+    left.set()
+    await asyncio.wait_for(wrote.wait(), 10)
+    task.cancel()
+    await asyncio.wait((task,))
+    on_commit(lambda: ran.append("work"))
+    await asyncio.gather(insert(db, "work"), insert(other, "work"))
+    await unit.close()
+
+    assert (await names(db), await names(other)) == (["handler", "work"], ["work"])
+    assert ran == ["work"]
+
+
+async def test_body_that_goes_on_commits_and_rolls_back_by_hand(db, other):
+    """By hand, a body whose client has left ends its own sessions, and nothing is committed but what it commits (P5, P17)."""
+    ran = []
+    unit = Unit.enter()
+    await unit.head(200)
+    unit.in_body()
+    unit.disconnected()
+    await insert(db, "one")
+    on_commit(lambda: ran.append("one"), connect=db)
+    await commit_db_session(db)
+    await insert(db, "two")
+    await insert(other, "two")
+    await commit_all_sessions()
+    await insert(db, "three")
+    await rollback_all_sessions()
+    await insert(db, "four")
+    await close_all_sessions()
+    await insert(db, "five")
+    taken = pop_db_session_from_context(db)
+    await unit.close()
+    await taken.close()
+
+    assert (await names(db), await names(other)) == (["one", "two"], ["two"])
+    assert ran == ["one"]
+
+
+async def test_body_that_runs_ahead_commits_by_hand(db, other):
+    """A body that has begun before its head commits its own session by hand, and its callbacks wait for its end (P14, P17)."""
+    ran = []
+    unit = Unit.enter(runs_ahead=lambda unit: ahead)
+    ahead = False
+    await insert(other, "handler")
+    ahead = True
+    await insert(db, "body")
+    on_commit(lambda: ran.append("body"))
+    await commit_db_session(db)
+    committed = await names(db)
+    await insert(db, "end")
+    ahead = False
+    on_commit(lambda: ran.append("handler"))
+    await unit.head(200)
+    before = list(ran)
+    await unit.end_of_body()
+    await unit.close()
+
+    assert committed == ["body"]
+    assert (before, ran) == (["handler"], ["handler", "body"])
+    assert (await names(db), await names(other)) == (["body", "end"], ["handler"])
+
+
+async def test_body_that_goes_on_alone_after_its_client_left_commits_nothing(db):
+    """A body that is told of it by its own writing and goes on in spite of it is rolled back, however it ends (P5)."""
+    unit = Unit.enter()
+    await unit.head(200)
+    await insert(db, "before")
+    unit.in_body()
+    unit.disconnected()
+    await insert(db, "after")
+    await unit.close()
+
+    assert await names(db) == []
+
+
+async def test_body_whose_last_byte_comes_after_its_client_left_keeps_nothing_open(db):
+    """A body that ends all the same, after its client has left, frees its connection for background work (P5, P6)."""
+    unit = Unit.enter()
+    await unit.head(200)
+    unit.in_body()
+    unit.disconnected()
+    await insert(db, "after")
+    await unit.end_of_body()
+    open_then = db.pool_status().checked_out
+    await insert(db, "background")
+    await unit.close()
+
+    assert open_then == 0
     assert await names(db) == ["background"]
 
 

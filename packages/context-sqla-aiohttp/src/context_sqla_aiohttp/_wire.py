@@ -135,10 +135,10 @@ class Wire:
         """Send a piece of the body; the one that completes the declared length is the last."""
         if self._failed is not None:
             raise self._failed
-        left = getattr(self._writer, "length", None)
-        if left is not None and getattr(chunk, "nbytes", len(chunk)) >= left:
+        if (left := getattr(self._writer, "length", None)) is not None and getattr(chunk, "nbytes", len(chunk)) >= left:
             await self._finish()
         elif self._request.transport is None:
+            self.unit.in_body()
             self.unit.disconnected()
         await self._own[1](chunk, *args, **kwargs)
 

@@ -65,7 +65,7 @@ class Wire:
             self.body_read = True
         return message
 
-    def send(self, message: Message) -> Awaitable[None]:
+    def send(self, message: Message) -> Awaitable[None]:  # noqa: C901  # one piece: each message comes by
         """Send a message on, after what the unit has to do before it.
 
         Raises:
@@ -86,9 +86,10 @@ class Wire:
                 self.failed, self.head = None, message
         if self.failed is not None:
             raise self.failed
-        if self.decides and kind in _BODY and (not message.get("more_body") or self._is_last(message)):
-            step = self.unit.end_of_body()
-            if step is not NOTHING:
+        if self.decides and kind in _BODY:
+            if message.get("more_body") and not self._is_last(message):
+                self.unit.in_body(beside=True)
+            elif (step := self.unit.end_of_body()) is not NOTHING:
                 return self._send_after(step, message)
         return self._send(message)
 

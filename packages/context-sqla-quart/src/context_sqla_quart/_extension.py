@@ -202,8 +202,9 @@ def _deciding(app: Any) -> Callable[..., Awaitable[Any]]:
             response = await finalize(*args[:first], result, *args[first + 1 :], **options)
             await wire.unit.head(response.status_code)
         wire.decides = True
-        body = response.response
-        if type(body) is not DataBody and isinstance(body, IterableBody):  # an abstract class, which is slow to ask
+        # An abstract class is slow to ask.
+        if type(body := response.response) is not DataBody and isinstance(body, IterableBody):
+            wire.unit.in_body()
             scope[_AFTERWARDS].end()  # a stream may wait for what its background work makes
         return response
 

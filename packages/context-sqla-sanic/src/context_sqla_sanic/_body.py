@@ -42,6 +42,7 @@ class Body:
     async def _send(self, data: bytes, end_stream: bool) -> None:
         stream, unit = self._stream, self._unit
         if stream.stage is _RESPONSE and await self._is_left():  # a decided answer goes out whole
+            unit.in_body()
             unit.disconnected()
             raise RequestCancelled
         if (end_stream or self._is_last(data)) and (step := unit.end_of_body()) is not NOTHING:

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from . import _events  # noqa: F401  # from here on sessions are listened to
+from . import _commit, _events  # noqa: F401  # from here on sessions are listened to
 from ._callbacks import Callback
 from ._connect import DBConnect
-from ._context import current
+from ._context import body, current
 from ._options import check_options
 from ._policy import DEFAULT_POLICY, Policy
-from ._settle import running_loop
+from ._settle import hold, running_loop
 from ._slot import Slot
 from .errors import ContextClosedError, ContextSqlaError, ForeignLoopError, UnsupportedOptionError
 
@@ -58,6 +58,8 @@ class Container:
     _producers: set["asyncio.Task[Any] | None"] | None = None  # tasks that make the body beside the request's own
     _waiting: dict[str, list[Callback]] | None = None
     _patience: float = 0.0  # how long a session that is being opened is waited for
+    _cleaning: "asyncio.Task[None] | None" = None  # rolls back what a body had when its client left
+    _body: object | None = None  # the mark of what makes the body
     _mark: Token[Any] | None = None  # the context in which the request's own task was seen last
     _last_task: "asyncio.Task[Any] | None" = None  # makes the last commit of this phase: others come too late
     # In tests (P12)
@@ -111,6 +113,26 @@ class Container:
             self._mark = here
         return True
 
+    def in_body(self, *, beside: bool = False) -> None:
+        """Note that what runs here, with what it starts from now on, makes the body (P5).
+
+        Where a client leaves before its body is complete, background work may follow in the same unit: this tells them apart.
+
+        Args:
+            beside: only in a task beside the request's own, in which background work follows.
+        """
+        if body.get() is self._body is not None:
+            return
+        if beside and (self.phase is not STREAM or current.get() is not self or self.is_at_mark()):
+            return
+        if self._body is None:
+            self._body = object()  # not the unit: servers keep contexts for as long as a connection lives
+        body.set(self._body)
+
+    def is_given_up(self) -> bool:
+        """Return whether what runs here makes a body whose client has left."""
+        return self._left and body.get() is self._body is not None
+
     def holds(self, context_key: str) -> bool:
         """Return whether a session of this connect is open in the unit."""
         return context_key in self.slots
@@ -133,13 +155,10 @@ class Container:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
         if (found := self.slot_at_once(connect)) is not None:
             return found
-        ahead = False
         if self.runs_ahead is not None and self.runs_ahead(self):
+            self.in_body()
             self._producers = {*(self._producers or ()), asyncio.current_task()}
-            if self.phase is HANDLER:
-                ahead = True
-                self._ahead = self._ahead or {}
-        slots = self._slots(ahead)
+        slots = self.here()
         slot = slots.get(connect.context_key) or (self.borrowed or {}).get(connect.context_key)
         if slot is None:
             if connect.before_create_session_handler is None and not self.joined:
@@ -147,7 +166,9 @@ class Container:
             else:
                 if self._last_task is not None:
                     self._check_in_time(connect)
-                slot = await self._open_once(connect, ahead)
+                slot = await self._open_once(connect, slots is self._ahead)
+        if self._left and self.is_given_up() and (task := asyncio.current_task()) is not None:
+            task.add_done_callback(self._body_over)
         return slot
 
     def _make(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
@@ -160,8 +181,24 @@ class Container:
         if self._last_task is not asyncio.current_task() or any(slot.deferring for slot in self.slots.values()):
             raise _outlived(connect)  # the last commit has begun without it
 
+    def here(self) -> dict[str, Slot]:
+        """Return the sessions of what runs here: a body that runs ahead of its head, or on without its client, has its own."""
+        if self.runs_ahead is not None and (self.phase is HANDLER or self._left) and self.runs_ahead(self):
+            self._ahead = {} if self._ahead is None else self._ahead
+            return self._ahead
+        return self.slots
+
     def _slots(self, ahead: bool) -> dict[str, Slot]:
         return self._ahead if ahead and self._ahead is not None else self.slots
+
+    def _give_up(self, slots: dict[str, Slot] | None) -> None:
+        if slots:
+            doomed = list(slots.values())
+            slots.clear()
+            self._cleaning = hold(_clean_up(doomed, self._cleaning))
+
+    def _body_over(self, _: "asyncio.Task[Any]") -> None:
+        self._give_up(self._ahead)  # or background work would wait for it, and for its locks
 
     def is_at_home(self) -> bool:
         """Return whether the loop that runs here is the unit's: a cheap question."""
@@ -237,7 +274,7 @@ class Container:
             host = await connect._choose_host()
             self.check_open(connect)
             # Which sessions are whose may have changed meanwhile.
-            slot = self._slots(ahead)[key] = self._new_slot(connect, host)
+            slot = self._slots(ahead or self.is_given_up())[key] = self._new_slot(connect, host)
             return slot
         finally:
             if self._opening is not None:
@@ -322,6 +359,17 @@ def _outlived(connect: DBConnect[Any] | None) -> ContextClosedError:
         f"{what}this task outlived its unit of work; wrap what it does in 'async with db_context():', or start it with "
         "run_in_new_ctx()"
     )
+
+
+async def _clean_up(slots: list[Slot], earlier: "asyncio.Task[None] | None") -> None:
+    """Roll back what a body left unfinished; a statement that is being cancelled gets the time to end well (P7)."""
+    for slot in slots:
+        slot.refuse("the client has left, the body of this response was given up")
+        await slot.idle(slot.connect.cleanup_timeout)
+    await _commit.roll_back(slots)
+    await _commit.end(slots)
+    if earlier is not None:
+        await asyncio.wait((earlier,))
 
 
 def hold_quietly(coroutine: Any) -> "asyncio.Task[Slot]":

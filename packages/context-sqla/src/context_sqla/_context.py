@@ -5,6 +5,9 @@ from typing import Any
 
 current: ContextVar[Any] = ContextVar("context_sqla_unit", default=None)
 
+# What makes the body of a response has the mark of its unit here: background work has not (P5, P6).
+body: ContextVar[Any] = ContextVar("context_sqla_body", default=None)
+
 # F8: servers and clients that copy their context when they start never see a variable that a test sets later.
 test_units: list[Any] = []
 

@@ -91,7 +91,7 @@ async def close_db_session(connect: DBConnect[Any]) -> None:
     """
     if (slot := _find(connect)) is not None:
         slot.check_not_committing()
-        del _unit(connect).slots[connect.context_key]
+        del _unit(connect).here()[connect.context_key]
         await _commit.end([slot])
 
 
@@ -192,9 +192,11 @@ def on_commit(callback: Callable[[], Awaitable[Any] | Any], *, connect: DBConnec
     if not callable(callback):
         raise TypeError("on_commit takes a function, not what it returns: write on_commit(lambda: send_mail(user))")
     unit = _unit(connect)
-    slot = unit.slots.get(connect.context_key) if connect is not None else None
+    slot = unit.here().get(connect.context_key) if connect is not None else None
     if slot is not None:
         slot.callbacks.add(callback, slot.sync)
+    elif unit.is_given_up():
+        return  # P14: what it waits for is rolled back
     elif connect is None:
         unit.on_commit(callback)
     else:
@@ -291,7 +293,7 @@ def pop_db_session_from_context(connect: DBConnect[S]) -> S | None:
     if (slot := _find(connect)) is None:
         return None
     slot.check_not_committing()
-    del _unit(connect).slots[connect.context_key]
+    del _unit(connect).here()[connect.context_key]
     slot.let_go()
     session: S = slot.session  # type: ignore[assignment]
     return session
@@ -307,11 +309,12 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
         ContextNotInitiatedError: called outside every unit of work.
     """
     unit = _unit(None)
-    before = [(slot, slot.before_commit) for slot in unit.slots.values()]
+    mine = unit.here()
+    before = [(slot, slot.before_commit) for slot in mine.values()]
     for slot, own in before:
         slot.before_commit = before_commit or own
     try:
-        await unit._decide(True)
+        await (unit._decide(True) if mine is unit.slots else _commit.commit(list(mine.values())))
     finally:
         for slot, own in before:
             slot.before_commit = own
@@ -324,9 +327,9 @@ async def rollback_all_sessions() -> None:
         ContextNotInitiatedError: called outside every unit of work.
         SessionBusyError: another task commits one of them at this moment.
     """
-    for slot in (unit := _unit(None)).slots.values():
+    for slot in (mine := (unit := _unit(None)).here()).values():
         slot.check_not_committing()
-    await unit._decide(False)
+    await (unit._decide(False) if mine is unit.slots else _commit.roll_back(list(mine.values())))
 
 
 async def close_all_sessions() -> None:
@@ -336,9 +339,10 @@ async def close_all_sessions() -> None:
         ContextNotInitiatedError: called outside every unit of work.
         SessionBusyError: another task commits one of them at this moment.
     """
-    for slot in (unit := _unit(None)).slots.values():
+    for slot in (slots := list((mine := _unit(None).here()).values())):
         slot.check_not_committing()
-    await unit._end_slots()
+    mine.clear()
+    await _commit.end(slots)
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:
@@ -388,4 +392,4 @@ def _unit(connect: DBConnect[Any] | None) -> Unit:
 
 
 def _find(connect: DBConnect[Any]) -> Slot | None:
-    return _unit(connect).slots.get(connect.context_key)
+    return _unit(connect).here().get(connect.context_key)

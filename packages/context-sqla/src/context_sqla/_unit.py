@@ -46,7 +46,7 @@ class Unit(Container):
     _ending: bool = False  # the final commit of the body has begun
     _broken: BaseException | None = None
     _on_commit: list[Callback] | None = None
-    _cleaning: "asyncio.Task[None] | None" = None
+    _later: list[Callback] | None = None  # the same of a body that runs ahead of its head
 
     @classmethod
     def enter(cls, policy: Policy = DEFAULT_POLICY, request: Any = None, runs_ahead: RunsAhead | None = None) -> "Unit":
@@ -93,8 +93,9 @@ class Unit(Container):
             await self._decide(commits, keep=commits)
         self._commits = commits
         self.phase = STREAM
-        if self._ahead:
+        if self._ahead is not None:
             self._merge_ahead()
+            self._on_commit, self._later = [*(self._on_commit or ()), *(self._later or ())], None
 
     def end_of_body(self) -> Awaitable[None]:
         """Commit what the body has written, before its last byte leaves (P5).
@@ -120,7 +121,8 @@ class Unit(Container):
         if self._broken is not None:
             raise self._broken  # whoever swallowed it the first time must not complete the response
         if self._left:
-            self._left = False
+            self._left, self.runs_ahead = False, None
+            self._merge_ahead()
             await self._decide(False)  # the body went on after its client had left
             await self._end_slots()
         if self.phase is not STREAM:
@@ -138,12 +140,10 @@ class Unit(Container):
         if self.phase is not STREAM or self._ending:
             return
         self.phase = BACKGROUND
-        self._left = True
         self._on_commit = self._waiting = None
-        if self.slots:
-            doomed = list(self.slots.values())
-            self.slots = {}
-            self._cleaning = hold(_clean_up(doomed))
+        self._give_up(self.slots)
+        # A body that goes on for a while has sessions of its own: background work may follow, and is committed (P6).
+        self._left, self.runs_ahead, self._ahead = True, Container.is_given_up, {}
 
     def close(self, exc: BaseException | None = None) -> Awaitable[None]:
         """End the unit: commit background work that succeeded, roll everything else back, close all sessions (P6, P8).
@@ -217,9 +217,10 @@ class Unit(Container):
 
     def on_commit(self, callback: Callback) -> None:
         """Run this when the unit has committed everything (P14)."""
-        if self._on_commit is None:
-            self._on_commit = []
-        self._on_commit.append(callback)
+        if self.here() is self._ahead:
+            self._later = [*(self._later or ()), callback]
+        else:
+            self._on_commit = [*(self._on_commit or ()), callback]
 
     async def run_callback(self, callback: Callback) -> None:
         """Run a callback in a unit of its own; its error is logged and changes nothing else (P14)."""
@@ -373,7 +374,7 @@ class Unit(Container):
         # keeps its context, which would be a cycle.
         self.request = self.runs_ahead = self._mark = None
         if self.used:
-            self._broken = self._cleaning = self._on_commit = self._waiting = self._producers = None
+            self._broken = self._cleaning = self._on_commit = self._later = self._waiting = self._producers = None
         if self._ends_with is not None:
             self._ends_with.remove_done_callback(self._close_after)
             self._ends_with = None
@@ -402,15 +403,6 @@ class Unit(Container):
 
     def _has_work(self) -> bool:
         return bool(self.slots or self._on_commit or self._opening or self._ahead or self._cleaning or self.borrowed)
-
-
-async def _clean_up(slots: list[Slot]) -> None:
-    """Roll back what a body left unfinished; a statement that is being cancelled gets the time to end well (P7)."""
-    for slot in slots:
-        slot.refuse("the client has left, the body of this response was given up")
-        await slot.idle(slot.connect.cleanup_timeout)
-    await _commit.roll_back(slots)
-    await _commit.end(slots)
 
 
 class new_unit:  # noqa: N801  # a function, but for the calls that contextlib would make for each

@@ -286,6 +286,8 @@ async def adapter() -> None:
     assert_type(await unit.head(200), None)
     assert_type(await unit.end_of_body(), None)
     assert_type(await unit.close(ValueError()), None)
+    unit.in_body()
+    unit.in_body(beside=True)
     unit.disconnected()
     assert_type(unit.phase, Phase)
     assert_type(unit.joined, bool)
