@@ -768,7 +768,7 @@ async def test_client_gone_mid_stream_behind_middleware(serve, db, bench, ledger
 
 
 @pytest.mark.wire
-@MIDDLEWARE
+@pytest.mark.parametrize("middleware", [[], [Feature.BASE_HTTP]], ids=["bare", "base-http"])
 async def test_body_that_writes_when_its_client_has_left_is_rolled_back(serve, connect, bench, ledger, framework, middleware):
     """What a body writes on its way out, after its client has left, is rolled back; background work follows it (P5, P6)."""
     db = await connect("db", engine_options={"pool_size": 1})
