@@ -461,6 +461,45 @@ async def test_body_whose_last_byte_comes_after_its_client_left_keeps_nothing_op
     assert await names(db) == ["background"]
 
 
+@pytest.mark.parametrize("asked", ["before", "after"])
+async def test_background_work_gets_no_session_that_a_body_was_opening(tmp_path, asked):
+    """What asks while a session is being opened for a body that was given up gets one of its own, and keeps its writes (P2, P6)."""
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def choose(connect):
+        entered.set()
+        await asyncio.wait_for(go_on.wait(), 10)
+
+    async def body():
+        unit.in_body()
+        await insert(db, "body")
+
+    db = DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'app.db'}", name="db", before_create_session_handler=choose)
+    go_on.set()
+    async with db_context():
+        await (await db_session(db)).execute(text("CREATE TABLE items (name TEXT UNIQUE)"))
+    entered.clear()
+    go_on.clear()
+    unit = Unit.enter()
+    await unit.head(200)
+    if asked == "after":
+        unit.disconnected()
+    task = asyncio.create_task(body())
+    await asyncio.wait_for(entered.wait(), 10)
+    if asked == "before":
+        unit.disconnected()
+    task.cancel()
+    await asyncio.wait((task,))
+    work = asyncio.create_task(insert(db, "work"))
+    await asyncio.sleep(0)
+    go_on.set()
+    await work
+    await unit.close()
+
+    assert await names(db) == ["work"]
+    await db.close()
+
+
 async def test_task_that_serves_many_requests_keeps_none_of_their_units(db):
     """What `close_with` leaves on a task is gone when its unit has ended, or a long connection would keep every request."""
 

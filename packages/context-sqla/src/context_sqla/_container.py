@@ -167,6 +167,8 @@ class Container:
                 if self._last_task is not None:
                     self._check_in_time(connect)
                 slot = await self._open_once(connect, slots is self._ahead)
+                if slot.owner is self and self.here().get(connect.context_key) is not slot:
+                    return await self.slot(connect)  # a body that was given up had asked for it, or background work
         if self._left and self.is_given_up() and (task := asyncio.current_task()) is not None:
             task.add_done_callback(self._body_over)
         return slot
