@@ -21,6 +21,7 @@ from context_sqla import (
     get_db_session_from_context,
     on_commit,
     pop_db_session_from_context,
+    put_db_session_to_context,
     rollback_all_sessions,
     rollback_db_session,
     run_in_new_ctx,
@@ -430,6 +431,30 @@ async def test_body_that_runs_ahead_commits_by_hand(db, other):
     assert committed == ["body"]
     assert (before, ran) == (["handler"], ["handler", "body"])
     assert (await names(db), await names(other)) == (["body", "end"], ["handler"])
+
+
+@pytest.mark.parametrize("when", ["ahead", "late"])
+async def test_session_that_a_body_puts_into_its_unit_is_its_own(db, when):
+    """A session that is put into the unit by a body goes with those of the body, and is found by it (P3, P5)."""
+    unit = Unit.enter(runs_ahead=lambda unit: ahead)
+    ahead = when == "ahead"
+    if when == "late":
+        await unit.head(200)
+        unit.in_body()
+        unit.disconnected()
+    session = await db.create_session()
+    put_db_session_to_context(db, session)
+    found = get_db_session_from_context(db), await db_session(db)
+    await insert(db, "body")
+    ahead = False
+    await unit.head(200)
+    before = await names(db)
+    if when == "ahead":
+        await unit.end_of_body()
+    await unit.close()
+
+    assert found == (session, session)
+    assert (before, await names(db)) == ([], ["body"] if when == "ahead" else [])
 
 
 async def test_body_that_goes_on_alone_after_its_client_left_commits_nothing(db):

@@ -234,11 +234,11 @@ class Container:
         self.check_open(connect)
         if not isinstance(session, AsyncSession):
             raise TypeError(f"{connect!r}: a session of a unit is an AsyncSession, not {type(session).__name__}")
-        if connect.context_key in self.slots:
+        if connect.context_key in (slots := self.here()):
             raise ContextSqlaError(f"{connect!r}: its unit has one already; pop_db_session_from_context() or close it first")
         slot = self._slot_for(connect, session, host or connect.host or "")
         slot.lines.whole = not slot.open
-        self.slots[connect.context_key] = slot
+        slots[connect.context_key] = slot
         return slot
 
     def on_first_commit(self, connect: DBConnect[Any], callback: Callback) -> None:
