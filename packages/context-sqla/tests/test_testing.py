@@ -818,6 +818,53 @@ async def test_label_of_the_unit_that_is_open():
 # Transactions by hand
 
 
+async def test_body_that_goes_on_is_rolled_back_in_the_shared_transaction(db):
+    """What a body writes when its client has left takes its savepoint back, but for what it commits; work after it stays (P5)."""
+    async with shared(db) as session:
+        unit = Unit.enter()
+        await insert(db, "handler")
+        await unit.head(200)
+
+        async def body():
+            unit.in_body()
+            await insert(db, "body")
+            unit.disconnected()
+            await insert(db, "late")
+            await commit_db_session(db)
+            await insert(db, "lost")
+
+        await asyncio.create_task(body())
+        await insert(db, "work")
+        await unit.close()
+
+        assert await seen_by(session) == ["handler", "late", "work"]
+
+
+@pytest.mark.parametrize("handler", [True, False])
+async def test_body_that_runs_ahead_waits_in_the_shared_transaction(db, handler):
+    """A body that begins before its head gets its session there once the head is decided, in the place of its unit (P5)."""
+    own = asyncio.current_task()
+    began = asyncio.Event()
+
+    async def body():
+        began.set()
+        await insert(db, "first")
+        await insert(db, "second")
+
+    async with shared(db) as session:
+        unit = Unit.enter(runs_ahead=lambda unit: asyncio.current_task() is not own)
+        if handler:
+            await insert(db, "handler")
+        task = asyncio.create_task(body())
+        await began.wait()
+        await unit.head(200)
+        await task
+        await unit.end_of_body()
+        await unit.close()
+
+        assert await seen_by(session) == ["first", *["handler"] * handler, "second"]
+
+
 async def test_atomic_block_in_the_shared_transaction(db):
     """``atomic_db_session`` commits and rolls back savepoints (P12, P17)."""
 

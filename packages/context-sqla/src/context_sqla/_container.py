@@ -125,8 +125,7 @@ class Container:
             return
         if beside and (self.phase is not STREAM or current.get() is not self or self.is_at_mark()):
             return
-        if self._body is None:
-            self._body = object()  # not the unit: servers keep contexts for as long as a connection lives
+        self._body = self._body or object()  # not the unit: servers keep contexts for as long as a connection lives
         body.set(self._body)
 
     def is_given_up(self) -> bool:
@@ -153,6 +152,10 @@ class Container:
 
     async def slot(self, connect: DBConnect[Any]) -> Slot:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
+        patience = connect.drain_timeout if self.joined and self.runs_ahead is not None else 0
+        while patience > 0 and self.phase is HANDLER and self.holds(connect.context_key) and self.here() is self._ahead:
+            await asyncio.sleep(0.001)  # P12: the place in the test's transaction is that of what came before the head
+            patience -= 0.001
         if (found := self.slot_at_once(connect)) is not None:
             return found
         if self.runs_ahead is not None and self.runs_ahead(self):
@@ -164,8 +167,6 @@ class Container:
             if connect.before_create_session_handler is None and not self.joined:
                 slot = self._make(connect, slots)
             else:
-                if self._last_task is not None:
-                    self._check_in_time(connect)
                 slot = await self._open_once(connect, slots is self._ahead)
                 if slot.owner is self and self.here().get(connect.context_key) is not slot:
                     return await self.slot(connect)  # a body that was given up had asked for it, or background work
@@ -191,7 +192,7 @@ class Container:
         return self.slots
 
     def _slots(self, ahead: bool) -> dict[str, Slot]:
-        return self._ahead if ahead and self._ahead is not None else self.slots
+        return self._ahead if (ahead or self.is_given_up()) and self._ahead is not None else self.slots
 
     def _give_up(self, slots: dict[str, Slot] | None) -> None:
         if slots:
@@ -255,6 +256,8 @@ class Container:
 
     async def _open_once(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         """Open a session in a task that all askers share: the first may be cancelled, the others still get it."""
+        if self._last_task is not None:
+            self._check_in_time(connect)
         opening = self._opening = self._opening or {}
         key = connect.context_key
         self._patience = max(self._patience, connect.cleanup_timeout)
@@ -269,20 +272,19 @@ class Container:
         return task.result()
 
     async def _open(self, connect: DBConnect[Any], ahead: bool) -> Slot:
-        key = connect.context_key
         try:
             if self.joined:
-                return await self._open_joined(connect)
+                return await self._open_joined(connect, ahead)
             host = await connect._choose_host()
             self.check_open(connect)
             # Which sessions are whose may have changed meanwhile.
-            slot = self._slots(ahead or self.is_given_up())[key] = self._new_slot(connect, host)
+            slot = self._slots(ahead)[connect.context_key] = self._new_slot(connect, host)
             return slot
         finally:
             if self._opening is not None:
-                self._opening.pop(key, None)
+                self._opening.pop(connect.context_key, None)
 
-    async def _open_joined(self, connect: DBConnect[Any]) -> Slot:
+    async def _open_joined(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         """Open a savepoint session in the test's transaction, or borrow the session that the test's unit has."""
         test = self._test()
         turn = (test.turns or {}).get(connect.context_key)
@@ -294,7 +296,8 @@ class Container:
         if self.options:
             raise UnsupportedOptionError(f"{connect!r}: {', '.join(self.options)} cannot be set inside the transaction of a test")
         place = await turn.take(self)
-        slot = self.put(connect, turn.new_session(), host=turn.host)
+        self.check_open(connect)
+        slot = self._slots(ahead)[connect.context_key] = self._slot_for(connect, turn.new_session(), turn.host)
         slot.share(place)
         return slot
 
