@@ -457,6 +457,27 @@ async def test_session_that_a_body_puts_into_its_unit_is_its_own(db, when):
     assert (before, await names(db)) == ([], ["body"] if when == "ahead" else [])
 
 
+async def test_child_of_a_body_that_goes_on_leaves_it_its_session(db):
+    """When a child task of such a body is done, the body keeps the session that both use, and what it commits by hand (P2, P17)."""
+
+    async def body():
+        unit.in_body()
+        unit.disconnected()
+        session = await db_session(db)
+        await asyncio.gather(insert(db, "child"))
+        await session.execute(text("INSERT INTO items VALUES ('body')"))
+        await commit_db_session(db)
+        await insert(db, "late")
+
+    unit = Unit.enter()
+    await unit.head(200)
+    await asyncio.create_task(body())
+    await insert(db, "work")
+    await unit.close()
+
+    assert await names(db) == ["body", "child", "work"]
+
+
 async def test_body_that_goes_on_alone_after_its_client_left_commits_nothing(db):
     """A body that is told of it by its own writing and goes on in spite of it is rolled back, however it ends (P5)."""
     unit = Unit.enter()

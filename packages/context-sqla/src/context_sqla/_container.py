@@ -201,7 +201,8 @@ class Container:
             self._cleaning = hold(_clean_up(doomed, self._cleaning))
 
     def _body_over(self, _: "asyncio.Task[Any]") -> None:
-        self._give_up(self._ahead)  # or background work would wait for it, and for its locks
+        if all(task is None or task.done() for task in self._producers or ()):
+            self._give_up(self._ahead)  # or background work would wait for it, and for its locks
 
     def is_at_home(self) -> bool:
         """Return whether the loop that runs here is the unit's: a cheap question."""

@@ -140,7 +140,7 @@ class Unit(Container):
         if self.phase is not STREAM or self._ending:
             return
         self.phase = BACKGROUND
-        self._on_commit = self._waiting = None
+        self._on_commit = self._waiting = self._producers = None
         self._give_up(self.slots)
         # A body that goes on for a while has sessions of its own: background work may follow, and is committed (P6).
         self._left, self.runs_ahead, self._ahead = True, Container.is_given_up, {}
