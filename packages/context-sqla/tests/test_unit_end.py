@@ -433,6 +433,28 @@ async def test_body_that_runs_ahead_commits_by_hand(db, other):
     assert (await names(db), await names(other)) == (["body", "end"], ["handler"])
 
 
+async def test_body_that_runs_ahead_drops_its_callbacks_with_what_it_rolls_back(db, other):
+    """A rollback by hand drops the callbacks of a body that has begun before its head, and none of the handler's (P14, P17)."""
+    ran = []
+    unit = Unit.enter(runs_ahead=lambda unit: ahead)
+    ahead = False
+    await insert(other, "handler")
+    on_commit(lambda: ran.append("handler"))
+    ahead = True
+    await insert(db, "lost")
+    on_commit(lambda: ran.append("lost"))
+    await rollback_all_sessions()
+    await insert(db, "body")
+    on_commit(lambda: ran.append("body"))
+    ahead = False
+    await unit.head(200)
+    await unit.end_of_body()
+    await unit.close()
+
+    assert (await names(db), await names(other)) == (["body"], ["handler"])
+    assert ran == ["handler", "body"]
+
+
 @pytest.mark.parametrize("when", ["ahead", "late"])
 async def test_session_that_a_body_puts_into_its_unit_is_its_own(db, when):
     """A session that is put into the unit by a body goes with those of the body, and is found by it (P3, P5)."""

@@ -196,9 +196,8 @@ class Container:
 
     def _give_up(self, slots: dict[str, Slot] | None) -> None:
         if slots:
-            doomed = list(slots.values())
+            self._cleaning = hold(_clean_up(list(slots.values()), self._cleaning))
             slots.clear()
-            self._cleaning = hold(_clean_up(doomed, self._cleaning))
 
     def _body_over(self, _: "asyncio.Task[Any]") -> None:
         if all(task is None or task.done() for task in self._producers or ()):

@@ -329,6 +329,7 @@ async def rollback_all_sessions() -> None:
     """
     for slot in (mine := (unit := _unit(None)).here()).values():
         slot.check_not_committing()
+    unit._later = unit._later if mine is unit.slots else None  # P14
     await (unit._decide(False) if mine is unit.slots else _commit.roll_back(list(mine.values())))
 
 
