@@ -28,7 +28,7 @@ from context_sqla import (
 )
 from context_sqla._settle import settle
 from context_sqla.adapters import Phase, Policy, Unit
-from context_sqla.errors import ContextClosedError
+from context_sqla.errors import ContextClosedError, ContextSqlaError
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -431,6 +431,18 @@ async def test_body_that_runs_ahead_commits_by_hand(db, other):
     assert committed == ["body"]
     assert (before, ran) == (["handler"], ["handler", "body"])
     assert (await names(db), await names(other)) == (["body", "end"], ["handler"])
+
+
+async def test_body_that_goes_on_cannot_close_its_connect(db):
+    """`DBConnect.close()` would wait for the unit that calls it, also where the session is that of such a body (P15)."""
+    unit = Unit.enter()
+    await unit.head(200)
+    unit.in_body()
+    unit.disconnected()
+    await db_session(db)
+    with pytest.raises(ContextSqlaError, match="close"):
+        await db.close()
+    await unit.close()
 
 
 async def test_body_that_runs_ahead_drops_its_callbacks_with_what_it_rolls_back(db, other):

@@ -134,7 +134,7 @@ class Container:
 
     def holds(self, context_key: str) -> bool:
         """Return whether a session of this connect is open in the unit."""
-        return context_key in self.slots
+        return context_key in self.slots or context_key in (self._ahead or ())
 
     def slot_at_once(self, connect: DBConnect[Any]) -> Slot | None:
         """Return what the unit has of a connect, None where it takes a wait: `slot` then knows what for.
@@ -153,7 +153,7 @@ class Container:
     async def slot(self, connect: DBConnect[Any]) -> Slot:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
         patience = connect.drain_timeout if self.joined and self.runs_ahead is not None else 0
-        while patience > 0 and self.phase is HANDLER and self.holds(connect.context_key) and self.here() is self._ahead:
+        while patience > 0 and self.phase is HANDLER and connect.context_key in self.slots and self.here() is self._ahead:
             await asyncio.sleep(0.001)  # P12: the place in the test's transaction is that of what came before the head
             patience -= 0.001
         if (found := self.slot_at_once(connect)) is not None:
