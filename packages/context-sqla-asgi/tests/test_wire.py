@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from context_sqla import db_context, db_session, run_in_new_ctx
-from context_sqla_asgi import ASGIHTTPDBSessionMiddleware
+from context_sqla_asgi import ASGIHTTPDBSessionMiddleware, CommitPoint
 from sqlalchemy.exc import IntegrityError
 
 OK = {"type": "http.response.start", "status": 200, "headers": []}
@@ -311,6 +311,56 @@ async def test_body_in_a_task_of_its_own_is_told_from_what_follows(ledger, serve
 
     assert log == ["start 200 [a]", "body 1+ [a]"]
     assert ledger.names() == "a c"
+
+
+async def test_work_that_follows_a_body_behind_middleware_is_told_from_it(ledger, server):
+    """Where middleware runs the rest in a task of its own, that one is the request's: what follows the body is no body (P6)."""
+
+    async def listen(receive):
+        await receive()
+
+    async def app(scope, receive, send):
+        await ledger.write("a")
+        await send(OK)
+        await send(chunk(b"1"))
+        server.gone.set()
+        await asyncio.create_task(listen(receive))
+        await ledger.write("b")
+
+    async def middleware(scope, receive, send):
+        await asyncio.create_task(CommitPoint(app)(scope, receive, send))
+
+    await server.call(ASGIHTTPDBSessionMiddleware(middleware))
+
+    assert ledger.names() == "a b"
+
+
+@pytest.mark.parametrize("asks", ["before the head", "after it"])
+async def test_body_whose_client_leaves_before_its_first_piece_is_told_from_what_follows(ledger, server, asks):
+    """A body in a task of its own is known by its head, or by the session that it asks for, before its first piece (P5, P6)."""
+    began = asyncio.Event()
+
+    async def body(send):
+        await send(OK)
+        if asks == "after it":
+            await ledger.write("b")
+        began.set()
+        await server.gone.wait()
+        await ledger.write("late")
+
+    async def app(scope, receive, send):
+        if asks == "before the head":
+            await ledger.write("a")
+        task = asyncio.create_task(body(send))
+        await began.wait()
+        server.gone.set()
+        await receive()
+        await task
+        await ledger.write("c")
+
+    await server.call(ASGIHTTPDBSessionMiddleware(app))
+
+    assert ledger.names() == ("a c" if asks == "before the head" else "c")
 
 
 async def test_unit_around_a_piece_stays_the_current_one(ledger, server):

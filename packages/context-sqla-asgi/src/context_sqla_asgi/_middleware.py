@@ -145,13 +145,12 @@ class CommitPoint:
     def __init__(self, app: ASGIApp) -> None:
         self.app: ASGIApp = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901  # one piece: each request comes by
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outer: Wire | None = scope.get(SCOPE_KEY)
         if outer is None:
             await self.app(scope, receive, send)
             return
-        if outer.unit.runs_ahead is not None:
-            outer.unit.mark(scope, outer.unit.runs_ahead)
+        outer.unit.mark(scope, outer.unit.runs_ahead)
         wire = scope[SCOPE_KEY] = Wire(outer.unit, scope.get("app"), receive, send)
         try:
             try:

@@ -101,6 +101,7 @@ class Wire:
             raise
         if message["type"] == "http.response.start":
             self.head = message
+            self.unit.in_body(beside=True)  # whose client may leave before its first piece
         await self._send(message)
 
     def _is_last(self, message: Message) -> bool:

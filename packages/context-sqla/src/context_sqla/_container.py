@@ -88,7 +88,7 @@ class Container:
         """Return what log lines call the unit."""
         return self.policy.label(self.request) if self.policy.label and self.request is not None else "a unit of work"
 
-    def mark(self, request: Any, runs_ahead: RunsAhead) -> None:
+    def mark(self, request: Any, runs_ahead: RunsAhead | None) -> None:
         """Note that the task that handles the request is this one, where middleware may have started it (P5).
 
         Args:
