@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import Token
 from enum import StrEnum
 from threading import get_ident
@@ -57,6 +58,7 @@ class Container:
     _opening: dict[str, "asyncio.Task[Slot]"] | None = None
     _producers: set["asyncio.Task[Any] | None"] | None = None  # tasks that make the body beside the request's own
     _waiting: dict[str, list[Callback]] | None = None
+    _past_head: asyncio.Event | None = None  # in tests, for a body that runs ahead (P12)
     _patience: float = 0.0  # how long a session that is being opened is waited for
     _cleaning: "asyncio.Task[None] | None" = None  # rolls back what a body had when its client left
     _body: object | None = None  # the mark of what makes the body
@@ -152,10 +154,11 @@ class Container:
 
     async def slot(self, connect: DBConnect[Any]) -> Slot:
         """Return what the unit has of a connect; several tasks that ask at once get the same (P2)."""
-        patience = connect.drain_timeout if self.joined and self.runs_ahead is not None else 0
-        while patience > 0 and self.phase is HANDLER and connect.context_key in self.slots and self.here() is self._ahead:
-            await asyncio.sleep(0.001)  # P12: the place in the test's transaction is that of what came before the head
-            patience -= 0.001
+        if self.joined and self.phase is HANDLER and connect.context_key in self.slots and self.here() is self._ahead:
+            # P12: the place in the test's transaction is that of what came before the head.
+            self._past_head = self._past_head or asyncio.Event()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._past_head.wait(), connect.drain_timeout)
         if (found := self.slot_at_once(connect)) is not None:
             return found
         if self.runs_ahead is not None and self.runs_ahead(self):
@@ -175,6 +178,8 @@ class Container:
         return slot
 
     def _make(self, connect: DBConnect[Any], slots: dict[str, Slot]) -> Slot:
+        if self.phase is STREAM:
+            self.in_body(beside=True)
         if self._last_task is not None:
             self._check_in_time(connect)
         slot = slots[connect.context_key] = self._new_slot(connect, None)
@@ -256,6 +261,8 @@ class Container:
 
     async def _open_once(self, connect: DBConnect[Any], ahead: bool) -> Slot:
         """Open a session in a task that all askers share: the first may be cancelled, the others still get it."""
+        if self.phase is STREAM:
+            self.in_body(beside=True)
         if self._last_task is not None:
             self._check_in_time(connect)
         opening = self._opening = self._opening or {}

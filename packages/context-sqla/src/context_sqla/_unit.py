@@ -96,6 +96,8 @@ class Unit(Container):
         if self._ahead is not None:
             self._merge_ahead()
             self._on_commit, self._later = [*(self._on_commit or ()), *(self._later or ())], None
+        if self._past_head is not None:
+            self._past_head.set()
 
     def end_of_body(self) -> Awaitable[None]:
         """Commit what the body has written, before its last byte leaves (P5).
@@ -374,6 +376,8 @@ class Unit(Container):
         # keeps its context, which would be a cycle.
         self.request = self.runs_ahead = self._mark = None
         if self.used:
+            if self._past_head is not None:
+                self._past_head.set()
             self._broken = self._cleaning = self._on_commit = self._later = self._waiting = self._producers = None
         if self._ends_with is not None:
             self._ends_with.remove_done_callback(self._close_after)
