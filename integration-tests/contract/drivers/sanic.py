@@ -383,8 +383,17 @@ def _manage(app: "Sanic[Any, Any]", group: Group, listening: socket.socket, test
         wait_for_ack(manager)
         test.send(b"1")
 
+    def sync_states(manager: WorkerManager) -> None:
+        # Its answer to a SIGTERM asks for states as well, over the same connection, which has just been asked something.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            told(manager)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     startup.worker_serve = worker_serve
     WorkerManager.wait_for_ack = waited_for_ack  # type: ignore[method-assign]
+    told, WorkerManager._sync_states = WorkerManager._sync_states, sync_states  # type: ignore[method-assign]
     Sanic.start_method = "fork"
     Sanic._app_registry = {app.name: app}
     app.prepare(sock=listening, workers=len(group.members), access_log=False, motd=False)
