@@ -858,7 +858,7 @@ async def test_body_that_runs_ahead_waits_in_the_shared_transaction(db, handler)
         task = asyncio.create_task(body())
         await began.wait()
         await unit.head(200)
-        await task
+        await asyncio.wait_for(task, 10)  # it waits for the head, and not until drain_timeout
         await unit.end_of_body()
         await unit.close()
 
