@@ -840,6 +840,26 @@ async def test_body_that_goes_on_is_rolled_back_in_the_shared_transaction(db):
         assert await seen_by(session) == ["handler", "late", "work"]
 
 
+async def test_body_whose_session_is_being_opened_goes_on_in_the_shared_transaction(db):
+    """A body that waits for its first session as its client leaves has the place there, and gives it back for work (P5, P6)."""
+    async with shared(db) as session:
+        unit = Unit.enter()
+        await unit.head(200)
+
+        async def body():
+            unit.in_body()
+            await insert(db, "late")
+
+        task = asyncio.create_task(body())
+        await asyncio.sleep(0)  # it waits for its session
+        unit.disconnected()
+        await asyncio.wait_for(task, 10)  # and not for its own place, until drain_timeout
+        await insert(db, "work")
+        await unit.close()
+
+        assert await seen_by(session) == ["work"]
+
+
 @pytest.mark.parametrize("handler", [True, False])
 async def test_body_that_runs_ahead_waits_in_the_shared_transaction(db, handler):
     """A body that begins before its head gets its session there once the head is decided, in the place of its unit (P5)."""
